@@ -1,0 +1,1 @@
+"""Checkpoint in, release out. The only room that knows both training and function."""

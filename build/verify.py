@@ -1,0 +1,157 @@
+"""Verification: an exported and quantized model in, the proof that it may be served out.
+
+Everything is asked through `function.classifier`, the code that serves. PyTorch
+and fp32 ONNX must agree on every logit, fp32 and INT8 on nearly every decision;
+where a bound is not met, nothing is written and the command fails. The
+thresholds of the release are chosen here, on the validation split, from the
+probabilities of the INT8 model itself.
+
+    python -m build.verify --onnx .local/build/onnx
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from build.export import FP32
+from build.quantize import INT8, RECIPE
+from function.classifier import Classifier
+from training.evaluate import HALF, choose_thresholds, match_labels, summarize_probes, summarize_scores
+from training.examples import Dataset, Label, read_dataset
+from training.files import read_json, write_json
+from training.model import Checkpoint, load_checkpoint
+
+MAX_WINDOWS = 8
+"""As the function's default."""
+PARITY_TEXTS = 200
+
+
+class VerificationError(ValueError):
+    """The model is not what was promised: it must not be served."""
+
+
+def load_classifier(folder: Path, model: str) -> Classifier:
+    """The function's own classifier on one of the exported models."""
+    made = read_json(folder / "export.json")
+    return Classifier(
+        (folder / model).read_bytes(),
+        (folder / "tokenizer.json").read_bytes(),
+        prefix=made["prefix"],
+        max_tokens=made["max_tokens"],
+        max_windows=MAX_WINDOWS,
+        threads=torch.get_num_threads(),
+    )
+
+
+def verify(folder: Path, dataset: Dataset, bounds: dict[str, float]) -> dict:
+    """Compare PyTorch, fp32 and INT8 on the data, and choose thresholds.
+
+    Raises VerificationError naming each bound of `bounds` that is not met.
+    """
+    made = read_json(folder / "export.json")
+    labels = [Label(**label) for label in made["labels"]]
+    matched = match_labels(dataset, labels)
+    known = matched or dataset
+    fp32, int8 = load_classifier(folder, FP32), load_classifier(folder, INT8)
+    checkpoint = load_checkpoint(Path(made["checkpoint"]))
+    parts = [known.validation.texts, known.test.texts, [probe["text"] for probe in known.probes]]
+    exact, quantized = (_score_parts(model, parts, name) for model, name in ((fp32, "fp32"), (int8, "INT8")))
+    found = {
+        "logit_difference": compare_logits(checkpoint, fp32, known.test.texts[:PARITY_TEXTS]),
+        "flips": float(np.mean([(a >= HALF) != (b >= HALF) for a, b in zip(exact[1], quantized[1], strict=True)])),
+        "bytes": (folder / INT8).stat().st_size,
+        "recipe": RECIPE,
+        "fused_nodes": made["fused_nodes"],
+        "latency_ms": measure_latency(fp32, int8, known.test.texts),
+        "thresholds": [HALF] * len(labels),
+    }
+    if matched:
+        found |= _judge(matched, exact, quantized)
+    check_bounds(found, bounds)
+    return found
+
+
+def _score_parts(classifier: Classifier, parts: list[list[str]], name: str) -> list[np.ndarray]:
+    texts = [text for part in parts for text in part]
+    scores = np.stack([classifier.score(text) for text in tqdm(texts, name, leave=False)])  # [B, L]
+    return np.split(scores, np.cumsum([len(part) for part in parts])[:-1])
+
+
+def compare_logits(checkpoint: Checkpoint, fp32: Classifier, texts: list[str]) -> float:
+    """The largest difference between PyTorch's and ONNX's logits on the same windows."""
+    largest = 0.0
+    with torch.inference_mode():
+        for text in tqdm(texts, "parity", leave=False):
+            for ids in fp32.split(text).ids:
+                tensor = torch.from_numpy(ids)  # [1, T]
+                expected = checkpoint.model(input_ids=tensor, attention_mask=torch.ones_like(tensor)).logits[0]
+                largest = max(largest, float(np.abs(expected.numpy() - fp32.run(ids)).max()))
+    return largest
+
+
+def measure_latency(fp32: Classifier, int8: Classifier, texts: list[str], runs: int = 100) -> dict[str, float]:
+    """Median milliseconds a text, both models in turn on the same texts."""
+    times: dict[str, list[float]] = {"fp32": [], "int8": []}
+    for text in texts[:runs]:
+        for name, classifier in (("fp32", fp32), ("int8", int8)):
+            started = time.perf_counter()
+            classifier.score(text)
+            times[name].append((time.perf_counter() - started) * 1000)
+    return {name: round(float(np.median(values)), 2) for name, values in times.items()}
+
+
+def _judge(dataset: Dataset, exact: list[np.ndarray], quantized: list[np.ndarray]) -> dict:
+    thresholds = choose_thresholds(quantized[0], dataset.validation.targets)
+    judged = {
+        "fp32": summarize_scores(exact[1], dataset.test.targets),
+        "int8": summarize_scores(quantized[1], dataset.test.targets),
+        "int8_at_thresholds": summarize_scores(quantized[1], dataset.test.targets, thresholds),
+        "thresholds": [float(threshold) for threshold in thresholds],
+    }
+    judged["macro_f1_loss"] = judged["fp32"]["macro_f1"] - judged["int8"]["macro_f1"]
+    if dataset.probes:
+        judged["probes"] = summarize_probes(dataset.probes, quantized[2], dataset.labels)
+        judged["probe_scores"] = [[round(float(p), 4) for p in row] for row in quantized[2]]
+    return judged
+
+
+def check_bounds(found: dict, bounds: dict[str, float]) -> None:
+    """Raises VerificationError unless every bound that could be measured holds."""
+    broken = [
+        f"{name}: expected at most {most:g}, found {found[name]:.6g}"
+        for name, most in bounds.items()
+        if name in found and not found[name] <= most
+    ]
+    if broken:
+        raise VerificationError("; ".join(broken) + "; nothing is released: try another recipe or train longer")
+
+
+def main() -> None:
+    """Verify the exported models and write verification.json."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--onnx", type=Path, default=Path(".local/build/onnx"))
+    parser.add_argument("--data", type=Path, default=Path("training/data"))
+    parser.add_argument("--output", type=Path, default=Path(".local/build/verification.json"))
+    parser.add_argument("--logit-difference", type=float, default=1e-4, help="PyTorch against fp32, at most")
+    parser.add_argument("--flips", type=float, default=0.025, help="share of decisions, fp32 against INT8, at most")
+    parser.add_argument("--macro-f1-loss", type=float, default=0.02, help="fp32 less INT8, at most")
+    args = parser.parse_args()
+    bounds = {name: getattr(args, name) for name in ("logit_difference", "flips", "macro_f1_loss")}
+    args.output.unlink(missing_ok=True)
+    try:
+        found = verify(args.onnx, read_dataset(args.data), bounds)
+    except ValueError as error:  # DataError and VerificationError among them
+        raise SystemExit(str(error)) from None
+    write_json(args.output, found)
+    print(f"PyTorch to ONNX: largest logit difference {found['logit_difference']:.2e}")
+    print(f"fp32 to INT8: {found['flips']:.2%} of decisions flip, {found['bytes']:,} bytes")
+    if "int8" in found:
+        print(f"macro-F1 at 0.5: fp32 {found['fp32']['macro_f1']:.4f}, INT8 {found['int8']['macro_f1']:.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Examples in, checkpoint out. Knows torch, and neither a bucket nor a server."""

@@ -1,0 +1,154 @@
+"""Evaluation: probabilities and targets in, metrics and thresholds out.
+
+The command compares one data set's test split before fine-tuning (the same
+encoder under a new head), after it, and under character n-grams; thresholds are
+chosen on validation alone.
+
+    python -m training.evaluate --base .local/build/trimmed --checkpoint .local/build/checkpoint
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from training.baseline import predict_baseline
+from training.examples import Dataset, DataError, Examples, Label, read_dataset
+from training.files import write_json
+from training.model import Checkpoint, load_checkpoint, new_checkpoint, predict_logits
+
+HALF = 0.5
+THRESHOLD_GRID = np.round(np.arange(0.05, 0.951, 0.01), 2)
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """Logits to probabilities in [0, 1], without overflow."""
+    return 0.5 * (1 + np.tanh(0.5 * logits))
+
+
+def summarize_scores(
+    probabilities: np.ndarray, targets: np.ndarray, thresholds: np.ndarray | float = HALF
+) -> dict[str, float]:
+    """Micro and macro F1 of [B, L] decisions, and the F1 of each label in order.
+
+    A target counts from 0.5 on. A label that is neither there nor claimed has
+    an F1 of 0, as in scikit-learn.
+    """
+    hits, claimed, there = _count(probabilities, targets, thresholds)
+    f1 = 2 * hits / np.maximum(claimed + there, 1)  # [L]
+    micro = 2 * hits.sum() / max(claimed.sum() + there.sum(), 1)
+    return {"micro_f1": float(micro), "macro_f1": float(f1.mean()), "f1": [float(value) for value in f1]}
+
+
+def _count(probabilities: np.ndarray, targets: np.ndarray, thresholds: np.ndarray | float) -> tuple:
+    decided, truth = probabilities >= thresholds, targets >= HALF  # [B, L]
+    return (decided & truth).sum(0), decided.sum(0), truth.sum(0)  # [L] each
+
+
+def choose_thresholds(probabilities: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """The [L] thresholds with the highest F1 each; of equals the one nearest to 0.5."""
+    chosen = []
+    for p, t in zip(probabilities.T, targets.T, strict=True):
+        f1 = [summarize_scores(p[:, None], t[:, None], threshold)["macro_f1"] for threshold in THRESHOLD_GRID]
+        best = np.flatnonzero(np.isclose(f1, max(f1)))
+        chosen.append(THRESHOLD_GRID[best[np.argmin(np.abs(THRESHOLD_GRID[best] - HALF))]])
+    return np.array(chosen)
+
+
+def summarize_probes(probes: list[dict], probabilities: np.ndarray, labels: list[Label]) -> dict[str, float]:
+    """The study's trust test: does each sentence's need come out on top, and do the others stay low?
+
+    `probabilities` is [P, L]. `on_top` counts sentences whose need has the
+    highest score, `trusted` those where it is also 0.5 or more; `others_mean`
+    and `others_at_half` speak of all other scores.
+    """
+    names = [label.name for label in labels]
+    target = np.array([names.index(probe["need"]) for probe in probes])  # [P]
+    rows = np.arange(len(probes))
+    on_top = probabilities.argmax(1) == target
+    others = np.ones_like(probabilities, bool)
+    others[rows, target] = False
+    return {
+        "sentences": len(probes),
+        "on_top": int(on_top.sum()),
+        "trusted": int((on_top & (probabilities[rows, target] >= HALF)).sum()),
+        "others": int(others.sum()),
+        "others_mean": float(probabilities[others].mean()),
+        "others_at_half": int((probabilities[others] >= HALF).sum()),
+    }
+
+
+def match_labels(dataset: Dataset, labels: list[Label]) -> Dataset | None:
+    """The data with its targets in a checkpoint's order of labels, None where the labels are others."""
+    names = [label.name for label in dataset.labels]
+    if {label.name for label in labels} != set(names):
+        return None
+    order = [names.index(label.name) for label in labels]
+
+    def reorder(examples: Examples) -> Examples:
+        return Examples(examples.texts, examples.targets[:, order], examples.sources)
+
+    splits = {split: reorder(getattr(dataset, split)) for split in ("train", "validation", "test")}
+    return Dataset(labels=[dataset.labels[i] for i in order], probes=dataset.probes, **splits)
+
+
+def evaluate(base: Path, checkpoint: Checkpoint, dataset: Dataset) -> dict:
+    """Metrics on the test split and probe scores of the base, the checkpoint and the n-grams."""
+    made = checkpoint.provenance
+    before = new_checkpoint(base, dataset.labels, checkpoint.max_tokens, made["seed"])
+    train = dataset.train.part(made["trained_texts"], made["seed"])
+    print(f"evaluating on {len(dataset.test)} texts: before, after, n-grams …", flush=True)
+    return {
+        "before": _evaluate_checkpoint(before, dataset),
+        "after": _evaluate_checkpoint(checkpoint, dataset),
+        "ngrams": _describe(*predict_baseline(train, [dataset.validation.texts, dataset.test.texts]), dataset),
+        "trained_texts": len(train),
+        "all_texts": len(dataset.train),
+        "test_texts": len(dataset.test),
+    }
+
+
+def _evaluate_checkpoint(checkpoint: Checkpoint, dataset: Dataset) -> dict:
+    parts = [dataset.validation.texts, dataset.test.texts, [probe["text"] for probe in dataset.probes]]
+    logits = predict_logits(checkpoint, [text for part in parts for text in part])
+    validation, test, probes = np.split(sigmoid(logits), np.cumsum([len(part) for part in parts])[:2])
+    described = _describe(validation, test, dataset)
+    if dataset.probes:
+        described["probe_scores"] = [[round(float(p), 4) for p in row] for row in probes]
+        described["probes"] = summarize_probes(dataset.probes, probes, dataset.labels)
+    return described
+
+
+def _describe(validation: np.ndarray, test: np.ndarray, dataset: Dataset) -> dict:
+    thresholds = choose_thresholds(validation, dataset.validation.targets)
+    return {
+        "at_half": summarize_scores(test, dataset.test.targets),
+        "thresholds": [float(threshold) for threshold in thresholds],
+        "at_thresholds": summarize_scores(test, dataset.test.targets, thresholds),
+    }
+
+
+def main() -> None:
+    """Evaluate a checkpoint and write evaluation.json."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--base", type=Path, default=Path(".local/build/trimmed"))
+    parser.add_argument("--checkpoint", type=Path, default=Path(".local/build/checkpoint"))
+    parser.add_argument("--data", type=Path, default=Path("training/data"))
+    parser.add_argument("--output", type=Path, default=Path(".local/build/evaluation.json"))
+    args = parser.parse_args()
+    checkpoint = load_checkpoint(args.checkpoint)
+    try:
+        dataset = match_labels(read_dataset(args.data), checkpoint.labels)
+    except DataError as error:
+        raise SystemExit(f"The data cannot be used:\n{error}") from None
+    if dataset is None:
+        raise SystemExit(f"{args.data}: expected the checkpoint's labels, found others; name its own data")
+    result = evaluate(args.base, checkpoint, dataset)
+    write_json(args.output, result)
+    for name in ("before", "after", "ngrams"):
+        half = result[name]["at_half"]
+        print(f"{name:7} macro-F1 {half['macro_f1']:.4f}, micro-F1 {half['micro_f1']:.4f} at 0.5 on the test split")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""Fine-tuning: a base encoder and labelled texts in, a checkpoint out.
+
+Binary cross-entropy on the logits, one independent decision a label, on
+multi-hot or soft targets. The head starts as a linear probe of the untouched
+encoder, not at random (Kumar et al. 2022, https://arxiv.org/abs/2202.10054):
+E5's mean vectors differ little from text to text, and under a random head an
+epoch passed before the loss moved at all. By default the embeddings and the lowest third of the
+layers stay as they are, as in the study that this project follows: they hold
+what the base knows of the language, and 6,000 texts would only wear it off.
+transformers' Trainer does the loop: an interrupted run goes on where it was,
+several GPUs work through `accelerate launch -m training.finetune`.
+
+    python -m training.finetune --base .local/build/trimmed --output .local/build/checkpoint
+"""
+
+import argparse
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from training.evaluate import sigmoid, summarize_scores
+from training.examples import Dataset, DataError, Examples, read_dataset
+from training.files import read_json, write_json
+from training.model import (
+    DEFAULT_MAX_TOKENS,
+    Checkpoint,
+    encode,
+    encoder_layers,
+    new_checkpoint,
+    pad,
+    parameter_counts,
+    predict,
+    save_checkpoint,
+)
+
+STRATEGIES = ("partial", "full")
+HEAD_RATE = 10
+"""The head learns this many times faster than the pretrained layers."""
+PROBE_ROWS = 2000
+PROBE_C = 0.02
+"""Inverse strength of the probe's L2 penalty, on standardized features."""
+BUCKET_BATCHES = 50
+"""Texts are sorted by length within this many batches, and the batches then shuffled."""
+KIB = 1024 if sys.platform != "darwin" else 1
+"""ru_maxrss counts KiB on Linux, bytes on macOS."""
+
+
+def finetune(base: Path, dataset: Dataset, output: Path, options: argparse.Namespace) -> Checkpoint:
+    """Train on `dataset.train`, keep the epoch with the best macro-F1 on `dataset.validation`.
+
+    Writes the checkpoint folder `output` and `output/training.json` (metrics by
+    epoch, peak memory, CPU and wall time, parameters). The same seed, data and
+    machine give the same weights.
+    """
+    started = time.monotonic(), time.process_time()
+    checkpoint = new_checkpoint(base, dataset.labels, options.max_tokens, options.seed)
+    freeze(checkpoint.model.encoder, options.strategy, options.frozen_layers)
+    train = dataset.train.part(options.rows or len(dataset.train), options.seed)
+    fit_head(checkpoint, train.part(PROBE_ROWS, options.seed))
+    state = output.with_name(output.name + "-training")
+    trainer = _BucketTrainer(
+        model=checkpoint.model,
+        args=_training_arguments(state, len(train), options),
+        train_dataset=_to_items(checkpoint, train),
+        eval_dataset=sorted(_to_items(checkpoint, dataset.validation), key=lambda item: len(item["input_ids"])),
+        data_collator=_collate,
+        compute_metrics=_macro_f1,
+        optimizers=(_optimizer(checkpoint.model, options.learning_rate), None),
+    )
+    trainer.train(resume_from_checkpoint=_resumable(state, base, options))
+    if trainer.is_world_process_zero():
+        checkpoint.provenance |= {"trained_texts": len(train)} | {
+            name: getattr(options, name) for name in ("strategy", "frozen_layers", "epochs", "learning_rate", "batch_size")
+        }
+        save_checkpoint(checkpoint, output)
+        resources = _resources(*started) | parameter_counts(checkpoint.model)
+        write_json(output / "training.json", {"resources": resources, "history": trainer.state.log_history})
+    return checkpoint
+
+
+def freeze(encoder: nn.Module, strategy: str, frozen_layers: int | None) -> None:
+    """Keep the embeddings and the lowest layers (a third unless told) from learning; `full` freezes nothing."""
+    if strategy == "full":
+        return
+    layers = encoder_layers(encoder)
+    frozen = len(layers) // 3 if frozen_layers is None else frozen_layers
+    for part in (encoder.embeddings, *layers[:frozen]):
+        part.requires_grad_(False)
+
+
+def fit_head(checkpoint: Checkpoint, train: Examples) -> None:
+    """Set the head to a logistic regression of each label on the encoder's pooled states.
+
+    A label that `train` never or always expresses gets no weights and its base rate as bias.
+    """
+    features = predict(checkpoint, train.texts, checkpoint.model.pool)  # [B, H]
+    mean, spread = features.mean(0), features.std(0) + 1e-6
+    standard = (features - mean) / spread
+    for i, target in enumerate(train.targets.T >= 0.5):
+        weights, bias = np.zeros(len(mean)), math.log((target.sum() + 1) / ((~target).sum() + 1))
+        if target.any() and not target.all():
+            probe = LogisticRegression(C=PROBE_C, max_iter=1000).fit(standard, target)
+            weights, bias = probe.coef_[0] / spread, probe.intercept_[0]
+        with torch.no_grad():
+            checkpoint.model.head.weight[i] = torch.from_numpy(weights)
+            checkpoint.model.head.bias[i] = float(bias - weights @ mean)
+
+
+class _BucketSampler(Sampler[int]):
+    """Random batches of texts of like length: little padding to compute, and no order by length to learn."""
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int):
+        self._lengths, self._batch_size, self._seed, self._epoch = lengths, batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer, so that a resumed run goes on in the same order."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        random = np.random.default_rng((self._seed, self._epoch))
+        order = random.permutation(len(self))
+        size = self._batch_size
+        buckets = [order[at : at + size * BUCKET_BATCHES] for at in range(0, len(order), size * BUCKET_BATCHES)]
+        sorted_ = [i for bucket in buckets for i in sorted(bucket, key=lambda i: self._lengths[i])]
+        batches = [sorted_[at : at + size] for at in range(0, len(sorted_), size)]
+        last = [batches.pop()] if len(batches[-1]) < size else []  # a short batch must stay the last
+        random.shuffle(batches)
+        return (int(i) for batch in batches + last for i in batch)
+
+
+class _BucketTrainer(Trainer):
+    def _get_train_sampler(self, train_dataset: list[dict] | None = None) -> _BucketSampler:
+        items = self.train_dataset if train_dataset is None else train_dataset
+        lengths = [len(item["input_ids"]) for item in items]
+        return _BucketSampler(lengths, self.args.train_batch_size, self.args.seed)
+
+
+def _optimizer(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    body = [p for p in model.encoder.parameters() if p.requires_grad]
+    groups = [
+        {"params": body, "lr": learning_rate},
+        {"params": model.head.parameters(), "lr": learning_rate * HEAD_RATE},
+    ]
+    return torch.optim.AdamW(groups, weight_decay=0.01)
+
+
+def _training_arguments(state: Path, texts: int, options: argparse.Namespace) -> TrainingArguments:
+    steps = math.ceil(texts / options.batch_size * options.epochs)
+    return TrainingArguments(
+        output_dir=str(state),
+        num_train_epochs=options.epochs,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=32,
+        lr_scheduler_type="linear",
+        warmup_steps=steps // 20,
+        seed=options.seed,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="macro_f1",
+        logging_steps=20,
+        report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        label_names=["labels"],
+    )
+
+
+def _to_items(checkpoint: Checkpoint, examples: Examples) -> list[dict]:
+    ids = encode(checkpoint, examples.texts)
+    return [{"input_ids": row, "labels": target} for row, target in zip(ids, examples.targets, strict=True)]
+
+
+def _collate(items: list[dict]) -> dict[str, torch.Tensor]:
+    labels = torch.from_numpy(np.stack([item["labels"] for item in items]))  # [B, L]
+    return {**pad([item["input_ids"] for item in items]), "labels": labels}
+
+
+def _macro_f1(prediction: EvalPrediction) -> dict[str, float]:
+    summary = summarize_scores(sigmoid(prediction.predictions), prediction.label_ids)
+    return {"macro_f1": summary["macro_f1"], "micro_f1": summary["micro_f1"]}
+
+
+def _resumable(state: Path, base: Path, options: argparse.Namespace) -> str | None:
+    """The last state of an interrupted run with the very same options, if there is one."""
+    wanted = {name: str(value) for name, value in sorted(vars(options).items())}
+    wanted["base_revision"] = read_json(base / "base.json")["revision"]
+    noted = state / "options.json"
+    same = noted.exists() and read_json(noted) == wanted
+    last = get_last_checkpoint(str(state)) if same else None
+    write_json(noted, wanted)
+    if last:
+        print(f"going on from {last}")
+    return last
+
+
+def _resources(wall_start: float, cpu_start: float) -> dict[str, float]:
+    return {
+        "wall_seconds": round(time.monotonic() - wall_start, 1),
+        "cpu_seconds": round(time.process_time() - cpu_start, 1),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB,
+    }
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line; defaults are the study's strategy on this data."""
+    parser = argparse.ArgumentParser(description="Fine-tune a base encoder on labelled texts.")
+    parser.add_argument("--base", type=Path, default=Path(".local/build/trimmed"))
+    parser.add_argument("--data", type=Path, default=Path("training/data"))
+    parser.add_argument("--output", type=Path, default=Path(".local/build/checkpoint"))
+    parser.add_argument("--strategy", choices=STRATEGIES, default="partial")
+    parser.add_argument("--frozen-layers", type=int, help="with partial: the lowest N; a third unless told")
+    parser.add_argument("--epochs", type=float, default=5.0)
+    parser.add_argument("--rows", type=int, default=0, help="train on a random part of this many texts; 0 is all")
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--max-tokens", type=int, default=DEFAULT_MAX_TOKENS)
+    parser.add_argument("--seed", type=int, default=1)
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Fine-tune and print what it took."""
+    options = parse_options()
+    try:
+        dataset = read_dataset(options.data)
+    except DataError as error:
+        raise SystemExit(f"The data cannot be used:\n{error}") from None
+    finetune(options.base, dataset, options.output, options)
+    print(read_json(options.output / "training.json")["resources"])
+
+
+if __name__ == "__main__":
+    main()
