@@ -25,6 +25,7 @@ from training.examples import Dataset, Label, read_dataset
 from training.files import read_json, write_json
 from training.model import Checkpoint, load_checkpoint
 
+NOTE = "verification.json"
 MAX_WINDOWS = 8
 """As the function's default."""
 PARITY_TEXTS = 200
@@ -131,22 +132,21 @@ def check_bounds(found: dict, bounds: dict[str, float]) -> None:
 
 
 def main() -> None:
-    """Verify the exported models and write verification.json."""
+    """Verify the exported models and write verification.json beside them."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--onnx", type=Path, default=Path(".local/build/onnx"))
     parser.add_argument("--data", type=Path, default=Path("training/data"))
-    parser.add_argument("--output", type=Path, default=Path(".local/build/verification.json"))
     parser.add_argument("--logit-difference", type=float, default=1e-4, help="PyTorch against fp32, at most")
     parser.add_argument("--flips", type=float, default=0.025, help="share of decisions, fp32 against INT8, at most")
     parser.add_argument("--macro-f1-loss", type=float, default=0.02, help="fp32 less INT8, at most")
     args = parser.parse_args()
     bounds = {name: getattr(args, name) for name in ("logit_difference", "flips", "macro_f1_loss")}
-    args.output.unlink(missing_ok=True)
+    (args.onnx / NOTE).unlink(missing_ok=True)
     try:
         found = verify(args.onnx, read_dataset(args.data), bounds)
     except ValueError as error:  # DataError and VerificationError among them
         raise SystemExit(str(error)) from None
-    write_json(args.output, found)
+    write_json(args.onnx / NOTE, found)
     print(f"PyTorch to ONNX: largest logit difference {found['logit_difference']:.2e}")
     print(f"fp32 to INT8: {found['flips']:.2%} of decisions flip, {found['bytes']:,} bytes")
     if "int8" in found:

@@ -129,12 +129,11 @@ def _describe(validation: np.ndarray, test: np.ndarray, dataset: Dataset) -> dic
 
 
 def main() -> None:
-    """Evaluate a checkpoint and write evaluation.json."""
+    """Evaluate a checkpoint and write evaluation.json beside it."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--base", type=Path, default=Path(".local/build/trimmed"))
     parser.add_argument("--checkpoint", type=Path, default=Path(".local/build/checkpoint"))
     parser.add_argument("--data", type=Path, default=Path("training/data"))
-    parser.add_argument("--output", type=Path, default=Path(".local/build/evaluation.json"))
     args = parser.parse_args()
     checkpoint = load_checkpoint(args.checkpoint)
     try:
@@ -144,7 +143,7 @@ def main() -> None:
     if dataset is None:
         raise SystemExit(f"{args.data}: expected the checkpoint's labels, found others; name its own data")
     result = evaluate(args.base, checkpoint, dataset)
-    write_json(args.output, result)
+    write_json(args.checkpoint / "evaluation.json", result)
     for name in ("before", "after", "ngrams"):
         half = result[name]["at_half"]
         print(f"{name:7} macro-F1 {half['macro_f1']:.4f}, micro-F1 {half['micro_f1']:.4f} at 0.5 on the test split")

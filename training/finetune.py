@@ -80,7 +80,7 @@ def finetune(base: Path, dataset: Dataset, output: Path, options: argparse.Names
     )
     trainer.train(resume_from_checkpoint=_resumable(state, base, options))
     if trainer.is_world_process_zero():
-        checkpoint.provenance |= {"trained_texts": len(train)} | {
+        checkpoint.provenance |= {"trained_texts": len(train), "all_texts": len(dataset.train)} | {
             name: getattr(options, name) for name in ("strategy", "frozen_layers", "epochs", "learning_rate", "batch_size")
         }
         save_checkpoint(checkpoint, output)

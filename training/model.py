@@ -7,7 +7,6 @@ writes is read as well, with its own pooling and head, labels from its config.
 """
 
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -66,10 +65,8 @@ class Checkpoint:
 
 def load_encoder(folder: Path) -> nn.Module:
     """An encoder without its pooler, with attention written out, so that an exporter can fuse it."""
-    encoder = AutoModel.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
-    if getattr(encoder, "pooler", None) is not None:
-        encoder.pooler = None
-    return encoder
+    without = {} if AutoConfig.from_pretrained(folder).model_type == "distilbert" else {"add_pooling_layer": False}
+    return AutoModel.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32, **without)
 
 
 def encoder_layers(encoder: nn.Module) -> nn.ModuleList:
@@ -140,13 +137,6 @@ def _load_sequence_classifier(folder: Path) -> tuple[nn.Module, list[Label]]:
     names = [config.id2label[i] for i in range(config.num_labels)]
     ids = [name.lower() if re.fullmatch(r"\w+", name, re.ASCII) else f"label_{i}" for i, name in enumerate(names)]
     return model, [Label(*pair) for pair in zip(names, ids, strict=True)]
-
-
-def copy_checkpoint_notes(source: Path, output: Path) -> None:
-    """Carry the small files that are neither model nor tokenizer from one checkpoint to another."""
-    for path in source.glob("*.json"):
-        if not (output / path.name).exists():
-            shutil.copyfile(path, output / path.name)
 
 
 def encode(checkpoint: Checkpoint, texts: list[str]) -> list[list[int]]:

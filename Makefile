@@ -1,0 +1,48 @@
+# `make` alone lists the targets. Everything that is made lies under .venv/ and .local/.
+PYTHON ?= python3
+PORT ?= 8080
+RUN = .venv/bin/python
+REQUIREMENTS = requirements.txt training/requirements.txt tests/requirements.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo release serve try test check lock clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+install: .venv/.installed ## make .venv and install what everything needs
+
+.venv/.installed: $(REQUIREMENTS)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python: expected 3.11 or newer, found " + sys.version.split()[0] + "; name one with make PYTHON=…")'
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --require-hashes -r requirements.txt
+	$(RUN) -m pip install --quiet $(patsubst %,-r %,$(filter-out requirements.txt,$(REQUIREMENTS)))
+	touch $@
+
+demo: install ## train on a part of the data, release, serve and ask: about 8 minutes
+	$(RUN) -m build.local demo --set _ROWS=2000 --set _EPOCHS=2
+
+release: install ## the same on all of the data: about 40 minutes
+	$(RUN) -m build.local demo
+
+serve: install ## serve the current release: make serve PORT=8080
+	$(RUN) -m build.local serve --port $(PORT)
+
+try: install ## ask the current release: make try TEXT="요즘 너무 불안해"
+	@$(RUN) -m build.local try "$(TEXT)"
+
+test: install ## all tests
+	$(RUN) -m pytest
+
+check: install ## lint, types and the fast tests
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(RUN) -m pytest -m "not slow"
+
+lock: install ## write requirements.txt anew, with hashes, for Python 3.11 to 3.13
+	$(RUN) -m uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --upgrade \
+		--custom-compile-command "make lock" pyproject.toml --output-file requirements.txt
+
+clean: ## remove all that was made
+	rm -rf .venv .local

