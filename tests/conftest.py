@@ -37,6 +37,7 @@ def make_unigram() -> Tokenizer:
     words = [*HANGUL, *FOREIGN]
     pieces += [(f"▁{word}", -3.0 - i / 10) for i, word in enumerate(words) if len(word) > 1]
     pieces += [(word, -5.0 - i / 10) for i, word in enumerate(words)]
+    pieces.append(("<mask>", 0.0))
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=3, byte_fallback=False))
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()

@@ -80,6 +80,12 @@ def _list_pieces(tokenizer: dict) -> list[tuple[str, float]]:
 def _special_pieces(tokenizer: dict) -> set[str]:
     model = tokenizer["model"]
     special = {token["content"] for token in tokenizer["added_tokens"]}
+    known = {piece for piece, _ in model["vocab"]} if model["type"] == "Unigram" else set(model["vocab"])
+    if not special <= known:
+        raise VocabularyError(
+            f"tokenizer: expected every added token in the vocabulary, found {sorted(special - known)} beside it; "
+            "save the tokenizer with them in its vocabulary"
+        )
     special |= {model["unk_token"]} if model["type"] == "WordPiece" else {model["vocab"][model["unk_id"]][0]}
     return special
 

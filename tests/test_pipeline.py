@@ -1,0 +1,151 @@
+"""The whole way with a tiny encoder: cloudbuild.yaml's own steps, the embedded bucket, the function over HTTP."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import requests
+
+from build import local
+
+PROBLEM = "application/problem+json"
+
+
+@pytest.fixture(scope="module")
+def released(tiny_bases, tiny_data, tmp_path_factory):
+    """A bucket with a release that the pipeline's own steps made, in a checkout of its own."""
+    work = tmp_path_factory.mktemp("work")
+    root = Path(__file__).parent.parent
+    for name in ("build", "function", "training", "main.py", "cloudbuild.yaml", ".venv"):
+        (work / name).symlink_to(root / name)
+    given = {"_MODEL_URI": local.MODEL_URI, "_BASE": f"dir:{tiny_bases['bert']}", "_DATA": str(tiny_data), "_EPOCHS": "1"}
+    given |= {"_MAX_FLIPS": "1", "_MAX_F1_LOSS": "1"}  # an untrained model's decisions hang on nothing
+    steps, values = local.read_pipeline(root / "cloudbuild.yaml", given)
+    with local.run_bucket(work / "bucket") as address:
+        steps = [{**step, "dir": str(work)} for step in steps if step["id"] != "install"]
+        local.run_pipeline(steps, values, {"STORAGE_EMULATOR_HOST": address})
+        yield address
+
+
+@pytest.fixture(scope="module")
+def address(released, tmp_path_factory):
+    cache = str(tmp_path_factory.mktemp("cache"))
+    with local.run_function(released, environment={"CACHE_DIR": cache, "MAX_TEXTS": "3"}) as address:
+        yield address
+
+
+def test_a_text_gets_its_scores_and_release(address):
+    response = requests.post(address, json={"text": "우리 팀 좋 다"}, timeout=30)
+    answer = response.json()
+    assert response.status_code == 200
+    assert set(answer) == {"needs", "scores", "truncated", "release"}
+    assert list(answer["scores"]) == ["소속감", "즐거움"]
+    assert all(0 <= p <= 1 for p in answer["scores"].values())
+    assert {"X-Request-Id", "Server-Timing", "X-Content-Type-Options"} <= set(response.headers)
+
+
+def test_a_text_scores_the_same_alone_and_among_others(address):
+    texts = ["우리 팀", "혼자 싫 다 정말 정말 정말", "좋"]
+    alone = [requests.post(address, json={"text": text}, timeout=30).json()["scores"] for text in texts]
+    together = requests.post(address, json={"texts": texts}, timeout=30).json()["results"]
+    assert [result["scores"] for result in together] == alone
+
+
+def test_a_decomposed_text_scores_as_the_composed_one(address):
+    forms = ("\uac00\ub098", "\u1100\u1161\u1102\u1161")
+    first, second = (requests.post(address, json={"text": form}, timeout=30).json() for form in forms)
+    assert first == second
+
+
+def test_a_threshold_replaces_the_manifests(address):
+    body = {"text": "우리 팀", "threshold": 0}
+    assert len(requests.post(address, json=body, timeout=30).json()["needs"]) == 2
+
+
+def test_health_ready_release_and_description(address):
+    assert requests.get(f"{address}/health", timeout=30).json() == {"status": "ok"}
+    ready = requests.get(f"{address}/ready", timeout=30).json()
+    assert (ready["ready"], ready["sequence"], ready["refused"]) == (True, 1, None)
+    manifest = requests.get(f"{address}/release", timeout=30).json()
+    assert manifest["release"] == ready["release"]
+    assert requests.get(address, timeout=30).json()["release"] == ready["release"]
+    assert requests.head(f"{address}/ready", timeout=30).text == ""
+    assert requests.options(address, timeout=30).headers["Allow"] == "GET, POST, HEAD, OPTIONS"
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"{", 400),
+        (b"\xff", 400),
+        (b'{"text": NaN}', 400),
+        (b"[" * 100_000, 400),
+        (b"[]", 422),
+        (b"{}", 422),
+        (b'{"text": "a", "texts": ["a"]}', 422),
+        (b'{"text": 1}', 422),
+        (b'{"text": " "}', 422),
+        (b'{"text": "\\ud800"}', 422),
+        (b'{"texts": []}', 422),
+        (b'{"texts": ["a", "b", "c", "d"]}', 422),
+        (b'{"text": "a", "threshold": 2}', 422),
+        (json.dumps({"text": "가" * 5001}).encode(), 422),
+        (b"x" * 1_048_577, 413),
+    ],
+)
+def test_bad_input_gets_a_problem(address, body, status):
+    response = requests.post(address, data=body, headers={"Content-Type": "application/json"}, timeout=30)
+    assert (response.status_code, response.headers["Content-Type"]) == (status, PROBLEM)
+    assert response.json()["status"] == status
+    assert response.json()["detail"].count("expected") >= 1
+
+
+def test_wrong_path_method_and_media_type_get_a_problem(address):
+    found = [
+        requests.get(f"{address}/nowhere", timeout=30),
+        requests.delete(address, timeout=30),
+        requests.request("TRACE", address, timeout=30),
+        requests.post(address, data="{}", headers={"Content-Type": "text/plain"}, timeout=30),
+        requests.post(address, data="{}", headers={"Content-Type": "application/json; charset=euc-kr"}, timeout=30),
+    ]
+    assert [response.status_code for response in found] == [404, 405, 405, 415, 415]
+    assert {response.headers["Content-Type"] for response in found} == {PROBLEM}
+    assert found[1].headers["Allow"] == "GET, POST, HEAD, OPTIONS"
+
+
+def test_without_a_release_every_score_is_refused_with_retry_after(released, tmp_path):
+    environment = {"MODEL_URI": f"gs://{local.BUCKET}/nothing", "CACHE_DIR": str(tmp_path), "LOAD_SECONDS": "2"}
+    with local.run_function(released, environment=environment) as address:
+        response = requests.post(address, json={"text": "좋 다"}, timeout=30)
+        assert (response.status_code, response.headers["Retry-After"]) == (503, "5")
+        assert requests.get(f"{address}/health", timeout=30).status_code == 200
+        assert requests.get(f"{address}/ready", timeout=30).status_code == 503
+
+
+def test_a_bad_setting_stops_the_start(released):
+    framework = Path(".venv/bin/functions-framework").resolve()
+    command = [str(framework), "--target", "needs", "--host", "127.0.0.1", "--port", str(local.free_port())]
+    done = subprocess.run(
+        command,
+        env={"MODEL_URI": "gs://b/p", "MAX_TEXTS": "many", "PATH": "/usr/bin"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode != 0
+    assert "MAX_TEXTS: expected a number of at least 1, found 'many'" in done.stderr
+
+
+def test_an_unknown_substitution_is_refused():
+    with pytest.raises(local.LocalError, match=r"expected one of .*_BASE.*found _BASS"):
+        local.read_pipeline(local.PIPELINE, {"_BASS": "x"})
+
+
+def test_substitutions_are_replaced_as_cloud_build_does():
+    assert local.substitute("$A-${A}-$$A-$B", {"A": "1"}) == "1-1-$A-$B"
+
+
+def test_a_failing_step_ends_the_build():
+    with pytest.raises(local.LocalError, match="step second: expected exit code 0, found 3"):
+        local.run_pipeline([{"id": "second", "script": "exit 3"}, {"id": "third", "script": "exit 4"}], {}, {})
