@@ -1,0 +1,74 @@
+import hashlib
+import time
+
+import pytest
+
+from function.errors import ReleaseRefused, ReleaseUnavailable, SettingError
+from function.manifest import MODEL, TOKENIZER, File, Manifest
+from function.settings import read_settings
+from function.store import fetch_files, open_store
+
+CONTENT = {MODEL: b"model", TOKENIZER: b"tokenizer"}
+RELEASE = "20260101T000000Z-0123456789ab"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, content in CONTENT.items():
+        path = tmp_path / "a b" / "releases" / RELEASE / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return tmp_path / "a b"
+
+
+def make_manifest() -> Manifest:
+    files = {name: File(hashlib.sha256(content).hexdigest(), len(content)) for name, content in CONTENT.items()}
+    return Manifest(RELEASE, (), 64, "", files, {})
+
+
+def fetch(folder, cache):
+    return fetch_files(open_store(f"file://{str(folder).replace(' ', '%20')}/"), make_manifest(), cache, time.monotonic() + 5)
+
+
+def test_files_are_cached_by_their_hash_and_read_from_there(folder, tmp_path):
+    assert fetch(folder, tmp_path / "cache") == CONTENT
+    for path in folder.rglob("*.*"):
+        path.unlink(missing_ok=True) if path.is_file() else None
+    assert fetch(folder, tmp_path / "cache") == CONTENT
+
+
+def test_a_damaged_cache_is_fetched_again(folder, tmp_path):
+    fetch(folder, tmp_path / "cache")
+    (tmp_path / "cache" / hashlib.sha256(b"model").hexdigest()).write_bytes(b"modem")
+    assert fetch(folder, tmp_path / "cache") == CONTENT
+
+
+def test_a_cache_that_cannot_be_written_is_served_from_memory(folder, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert fetch(folder, tmp_path / "file" / "cache") == CONTENT
+
+
+@pytest.mark.parametrize("stored", [b"modem", b"mode", b""])
+def test_a_file_other_than_the_manifests_is_refused(folder, tmp_path, stored):
+    (folder / "releases" / RELEASE / MODEL).write_bytes(stored)
+    with pytest.raises(ReleaseRefused, match="expected 5 bytes, sha256"):
+        fetch(folder, tmp_path / "cache")
+
+
+def test_a_missing_file_is_unavailable(tmp_path):
+    with pytest.raises(ReleaseUnavailable, match="check MODEL_URI"):
+        open_store(f"file://{tmp_path}")("current.json", time.monotonic() + 5)
+
+
+@pytest.mark.parametrize(
+    ("environment", "problem"),
+    [
+        ({"MODEL_URI": "s3://x"}, "MODEL_URI: expected gs://bucket/prefix or file:///folder, found 's3://x'"),
+        ({"MODEL_URI": "gs://x", "PRELOAD": "2"}, "PRELOAD: expected 0 or 1, found '2'"),
+        ({"MODEL_URI": "gs://x", "LOAD_SECONDS": "nan"}, "LOAD_SECONDS: expected a number"),
+        ({"MODEL_URI": "gs://x", "MAX_CONCURRENT": "2", "THREADS": "6"}, "THREADS: expected more than"),
+    ],
+)
+def test_a_bad_setting_is_named_with_what_was_expected(environment, problem):
+    with pytest.raises(SettingError, match=problem):
+        read_settings(environment)
