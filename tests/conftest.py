@@ -112,3 +112,19 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         os.environ["STORAGE_EMULATOR_HOST"] = address
         yield address
         del os.environ["STORAGE_EMULATOR_HOST"]
+
+
+@pytest.fixture(scope="session")
+def released(tiny_bases, tiny_data, tmp_path_factory):
+    """A bucket with a release that the pipeline's own steps made, in a checkout of its own."""
+    work = tmp_path_factory.mktemp("work")
+    root = Path(__file__).parent.parent
+    for name in ("build", "function", "training", "main.py", "cloudbuild.yaml", ".venv"):
+        (work / name).symlink_to(root / name)
+    given = {"_MODEL_URI": local.MODEL_URI, "_BASE": f"dir:{tiny_bases['bert']}", "_DATA": str(tiny_data), "_EPOCHS": "1"}
+    given |= {"_MAX_FLIPS": "1", "_MAX_F1_LOSS": "1"}  # an untrained model's decisions hang on nothing
+    steps, values = local.read_pipeline(root / "cloudbuild.yaml", given)
+    with local.run_bucket(work / "bucket") as address:
+        steps = [{**step, "dir": str(work)} for step in steps if step["id"] != "install"]
+        local.run_pipeline(steps, values, {"STORAGE_EMULATOR_HOST": address})
+        yield address

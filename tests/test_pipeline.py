@@ -1,31 +1,20 @@
 """The whole way with a tiny encoder: cloudbuild.yaml's own steps, the embedded bucket, the function over HTTP."""
 
 import json
+import os
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import requests
 
 from build import local
+from build.publish import FILES
+from training.files import write_json
 
 PROBLEM = "application/problem+json"
-
-
-@pytest.fixture(scope="module")
-def released(tiny_bases, tiny_data, tmp_path_factory):
-    """A bucket with a release that the pipeline's own steps made, in a checkout of its own."""
-    work = tmp_path_factory.mktemp("work")
-    root = Path(__file__).parent.parent
-    for name in ("build", "function", "training", "main.py", "cloudbuild.yaml", ".venv"):
-        (work / name).symlink_to(root / name)
-    given = {"_MODEL_URI": local.MODEL_URI, "_BASE": f"dir:{tiny_bases['bert']}", "_DATA": str(tiny_data), "_EPOCHS": "1"}
-    given |= {"_MAX_FLIPS": "1", "_MAX_F1_LOSS": "1"}  # an untrained model's decisions hang on nothing
-    steps, values = local.read_pipeline(root / "cloudbuild.yaml", given)
-    with local.run_bucket(work / "bucket") as address:
-        steps = [{**step, "dir": str(work)} for step in steps if step["id"] != "install"]
-        local.run_pipeline(steps, values, {"STORAGE_EMULATOR_HOST": address})
-        yield address
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +138,43 @@ def test_substitutions_are_replaced_as_cloud_build_does():
 def test_a_failing_step_ends_the_build():
     with pytest.raises(local.LocalError, match="step second: expected exit code 0, found 3"):
         local.run_pipeline([{"id": "second", "script": "exit 3"}, {"id": "third", "script": "exit 4"}], {}, {})
+
+
+def test_killing_any_step_leaves_the_bucket_serving_what_it_served(released, address, tmp_path):
+    """Steps before `promote` write no pointer, so SIGKILL at the start, middle or end of an upload changes nothing."""
+    before = requests.get(f"{address}/release", timeout=30).json()["release"]
+    command = [sys.executable, "-m", "build.publish", "--model-uri", local.MODEL_URI, "--data", "training/data"]
+    for name in FILES:
+        (tmp_path / name).write_bytes(b"x" * 5_000_000)
+    export = {"labels": [{"name": "a", "id": "a"}], "max_tokens": 64, "prefix": "", "provenance": {}}
+    verification = {"thresholds": [0.5], "flips": 0.0, "logit_difference": 0.0}
+    write_json(tmp_path / "metrics.json", {"export": export, "verification": verification})
+    environment = {**os.environ, "STORAGE_EMULATOR_HOST": released}
+    for seconds in (0.5, 2, 2.5, 3):
+        process = subprocess.Popen([*command, "--release", str(tmp_path)], env=environment, stderr=subprocess.DEVNULL)
+        time.sleep(seconds)
+        process.kill()
+        process.wait()
+        cache = {"CACHE_DIR": str(tmp_path / f"cache-{seconds}")}
+        with local.run_function(released, environment=cache) as fresh:
+            assert requests.get(f"{fresh}/ready", timeout=30).json()["release"] == before
+
+
+def test_the_locked_requirements_alone_serve_and_know_no_torch(released, tmp_path):
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    install = ["-m", "pip", "install", "--quiet", "--require-hashes", "-r", "requirements.txt"]
+    subprocess.run([str(python), *install], check=True)
+    for module in ("torch", "transformers"):
+        assert subprocess.run([str(python), "-c", f"import {module}"], stderr=subprocess.DEVNULL).returncode == 1
+    environment = {
+        "PATH": os.environ["PATH"],
+        "MODEL_URI": local.MODEL_URI,
+        "STORAGE_EMULATOR_HOST": released,
+        "CACHE_DIR": str(tmp_path / "cache"),
+    }
+    port = local.free_port()
+    command = [str(python.with_name("functions-framework")), "--target", "needs", "--host", "127.0.0.1", "--port", str(port)]
+    with local.run_server(command, f"http://127.0.0.1:{port}/health", environment) as health:
+        answer = requests.post(health.removesuffix("health"), json={"text": "좋 다"}, timeout=30).json()
+    assert list(answer["scores"]) == ["소속감", "즐거움"]
