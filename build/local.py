@@ -147,9 +147,13 @@ def run_pipeline(steps: list[dict], values: dict[str, str], environment: Mapping
         console.rule(f"{step['id']}", align="left")
         started = time.monotonic()
         own = dict(substitute(pair, values).split("=", 1) for pair in step.get("env", []))
-        done = subprocess.run(_command(step, values), env={**os.environ, **values, **own, **environment}, cwd=step.get("dir"))
+        done = subprocess.run(
+            _command(step, values), env={**os.environ, **values, **own, **environment}, cwd=step.get("dir")
+        )
         if done.returncode:
-            raise LocalError(f"step {step['id']}: expected exit code 0, found {done.returncode}; its lines above say why")
+            raise LocalError(
+                f"step {step['id']}: expected exit code 0, found {done.returncode}; its lines above say why"
+            )
         console.print(f"{step['id']}: {time.monotonic() - started:.1f} s", style="dim")
 
 
@@ -196,14 +200,16 @@ def show_release(address: str, data: Path) -> None:
         found = summarize_probes(dataset.probes, scores, labels)
         console.print(
             f"{found['on_top']} of {found['sentences']} needs on top, {found['trusted']} of them at 0.5 or more; "
-            f"the other {found['others']} scores: mean {found['others_mean']:.3f}, {found['others_at_half']} at 0.5 or more"
+            f"the other {found['others']} scores: mean {found['others_mean']:.3f}, "
+            f"{found['others_at_half']} at 0.5 or more"
         )
     made = manifest["provenance"]
     trained = f"{made.get('trained_texts', 0):,} of {made.get('all_texts', 0):,} training texts"
     scores = score_over_http(address, dataset.test.texts, names)
     half = summarize_scores(scores, dataset.test.targets)
     console.print(
-        f"test split over HTTP, INT8, at 0.5: [bold]macro-F1 {half['macro_f1']:.4f}[/], micro-F1 {half['micro_f1']:.4f} "
+        f"test split over HTTP, INT8, at 0.5: [bold]macro-F1 {half['macro_f1']:.4f}[/], "
+        f"micro-F1 {half['micro_f1']:.4f} "
         f"(trained on {trained})"
     )
 
@@ -212,7 +218,9 @@ def make_probe_table(probes: list[dict], scores: np.ndarray, names: list[str]) -
     """The study's table for a terminal."""
     table = Table("욕구", "입력 문장", *names)
     for probe, row in zip(probes, scores, strict=True):
-        cells = [f"[bold]{p:.2f}[/]" if name == probe["need"] else f"{p:.2f}" for name, p in zip(names, row, strict=True)]
+        cells = [
+            f"[bold]{p:.2f}[/]" if name == probe["need"] else f"{p:.2f}" for name, p in zip(names, row, strict=True)
+        ]
         table.add_row(probe["need"], probe["text"], *cells)
     return table
 

@@ -66,7 +66,9 @@ class Bucket:
 
 def hash_inputs(data: Path, commit: str, provenance: dict) -> str:
     """sha256 over all that a release is made from: data, commit, base revision and parameters."""
-    files = {path.name: sha256_of(path) for path in sorted(data.iterdir()) if path.suffix in (".json", ".jsonl", ".csv")}
+    files = {
+        path.name: sha256_of(path) for path in sorted(data.iterdir()) if path.suffix in (".json", ".jsonl", ".csv")
+    }
     return hashlib.sha256(canonical({"data": files, "commit": commit, "made": provenance})).hexdigest()
 
 

@@ -111,7 +111,10 @@ def _render_f1(metrics: dict) -> str:
         evaluated("파인튜닝 후, PyTorch (after)", "after"),
         row("파인튜닝 후, INT8 (as served)", verification["int8"], verification["int8_at_thresholds"]),
     ]
-    for name, key in (("공개 연구: 파인튜닝 전 (the study, before)", "before"), ("공개 연구: 파인튜닝 후 (the study, after)", "after")):
+    for name, key in (
+        ("공개 연구: 파인튜닝 전 (the study, before)", "before"),
+        ("공개 연구: 파인튜닝 후 (the study, after)", "after"),
+    ):
         micro, macro = STUDY[key]
         rows.append([name, f"{micro:.4f}", f"{macro:.4f}", ""])
     table = render_table(["", "micro-F1 (0.5)", "macro-F1 (0.5)", "macro-F1 (thresholds)"], rows)

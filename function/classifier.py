@@ -31,9 +31,7 @@ class Windows:
 class Classifier:
     """A model and its tokenizer, ready to score."""
 
-    def __init__(
-        self, model: bytes, tokenizer: bytes, *, prefix: str, max_tokens: int, max_windows: int, threads: int
-    ):
+    def __init__(self, model: bytes, tokenizer: bytes, *, prefix: str, max_tokens: int, max_windows: int, threads: int):
         self._session = onnxruntime.InferenceSession(
             model, sess_options=_session_options(threads), providers=["CPUExecutionProvider"]
         )
@@ -60,7 +58,8 @@ class Classifier:
 
     def run(self, ids: np.ndarray) -> np.ndarray:
         """int64 [1, T] to float32 [L] logits."""
-        return self._session.run(None, {"input_ids": ids})[0][0]
+        logits: np.ndarray = self._session.run(None, {"input_ids": ids})[0][0]
+        return logits
 
     def score(self, text: str) -> np.ndarray:
         """float32 [L] probabilities in [0, 1]."""
@@ -69,8 +68,9 @@ class Classifier:
 
 def combine(logits: list[np.ndarray]) -> np.ndarray:
     """The windows' float32 [L] logits as one text's [L] probabilities."""
-    highest = np.max(logits, axis=0)  # [W, L] -> [L]
-    return 0.5 * (1 + np.tanh(0.5 * highest))  # the sigmoid, without overflow
+    highest: np.ndarray = np.max(logits, axis=0)  # [W, L] -> [L]
+    probabilities: np.ndarray = 0.5 * (1 + np.tanh(0.5 * highest))  # the sigmoid, without overflow
+    return probabilities
 
 
 def _session_options(threads: int) -> onnxruntime.SessionOptions:

@@ -33,7 +33,7 @@ class Scored:
 def parse_query(body: object, settings: Settings) -> Query:
     """Read a request's JSON. Raises InvalidInput with a pointer to each member that is wrong."""
     if not isinstance(body, dict):
-        raise InvalidInput({"#": f"body: expected a JSON object, found {_kind(body)}; send {{\"text\": \"…\"}}"})
+        raise InvalidInput({"#": f'body: expected a JSON object, found {_kind(body)}; send {{"text": "…"}}'})
     present = [member for member in MEMBERS if member in body]
     if len(present) != 1:
         found = " and ".join(present) or "neither"

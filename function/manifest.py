@@ -104,17 +104,17 @@ def parse_manifest(stored: bytes) -> Manifest:
 def parse_pointer(stored: bytes) -> Pointer:
     """Read and check `current.json`. Raises ReleaseRefused where it is not whole."""
     document = _parse(stored, "current.json")
-    pointer = Pointer(document.get("release"), document.get("manifest_sha256"), document.get("sequence"))
+    release, digest, sequence = (document.get(key) for key in ("release", "manifest_sha256", "sequence"))
     well_formed = (
         document.get("schema") == SCHEMA
-        and _RELEASE.fullmatch(str(pointer.release))
-        and _SHA256.fullmatch(str(pointer.manifest_sha256))
-        and type(pointer.sequence) is int
-        and pointer.sequence >= 1
+        and _RELEASE.fullmatch(str(release))
+        and _SHA256.fullmatch(str(digest))
+        and type(sequence) is int
+        and sequence >= 1
     )
     if not well_formed:
         raise _refusal("current.json", "schema 1, a release, a sha256, a sequence", document, "promote again")
-    return pointer
+    return Pointer(str(release), str(digest), int(str(sequence)))
 
 
 def check_release_name(release: str) -> str:

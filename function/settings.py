@@ -48,9 +48,7 @@ class Settings:
     inference_threads: int = _setting(0, "threads", "of one inference; 0 = the container's CPUs", *_at_least(0))
     max_concurrent: int = _setting(0, "requests", "inferring at once; 0 = CPUs // threads", *_at_least(0))
     max_queue: int = _setting(0, "requests", "waiting before 503; 0 = twice those inferring", *_at_least(0))
-    preload: int = _setting(
-        1, "0 or 1", "begin to load right after the fork", "0 or 1", lambda value: value in (0, 1)
-    )
+    preload: int = _setting(1, "0 or 1", "begin to load right after the fork", "0 or 1", lambda value: value in (0, 1))
 
 
 def read_settings(environ: Mapping[str, str]) -> Settings:

@@ -59,7 +59,8 @@ def _bucket_reader(bucket: str, prefix: str) -> Read:
                 clients.append(storage.Client(project="_"))
             blob = clients[0].bucket(bucket).blob(prefix + name)
             patience = DEFAULT_RETRY.with_timeout(max(0.1, deadline - time.monotonic()))
-            return blob.download_as_bytes(timeout=CONNECT_READ_SECONDS, retry=patience, checksum=None)
+            content: bytes = blob.download_as_bytes(timeout=CONNECT_READ_SECONDS, retry=patience, checksum=None)
+            return content
         except (GoogleAPIError, GoogleAuthError, RequestException, OSError) as error:
             raise ReleaseUnavailable(
                 f"gs://{bucket}/{prefix}{name}: expected the object, found {error}; "

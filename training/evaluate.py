@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from training.baseline import predict_baseline
-from training.examples import Dataset, DataError, Examples, Label, read_dataset
+from training.examples import DataError, Dataset, Examples, Label, read_dataset
 from training.files import write_json
 from training.model import Checkpoint, load_checkpoint, new_checkpoint, predict_logits
 

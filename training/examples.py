@@ -53,9 +53,7 @@ class Examples:
     def part(self, rows: int, seed: int) -> "Examples":
         """A random part of `rows` texts, or all of them where there are no more."""
         keep = np.sort(np.random.default_rng(seed).permutation(len(self))[:rows])
-        return Examples(
-            [self.texts[i] for i in keep], self.targets[keep], [self.sources[i] for i in keep]
-        )
+        return Examples([self.texts[i] for i in keep], self.targets[keep], [self.sources[i] for i in keep])
 
 
 @dataclass

@@ -30,7 +30,7 @@ from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from training.evaluate import sigmoid, summarize_scores
-from training.examples import Dataset, DataError, Examples, read_dataset
+from training.examples import DataError, Dataset, Examples, read_dataset
 from training.files import read_json, write_json
 from training.model import (
     DEFAULT_MAX_TOKENS,
@@ -81,7 +81,8 @@ def finetune(base: Path, dataset: Dataset, output: Path, options: argparse.Names
     trainer.train(resume_from_checkpoint=_resumable(state, base, options))
     if trainer.is_world_process_zero():
         checkpoint.provenance |= {"trained_texts": len(train), "all_texts": len(dataset.train)} | {
-            name: getattr(options, name) for name in ("strategy", "frozen_layers", "epochs", "learning_rate", "batch_size")
+            name: getattr(options, name)
+            for name in ("strategy", "frozen_layers", "epochs", "learning_rate", "batch_size")
         }
         save_checkpoint(checkpoint, output)
         resources = _resources(*started) | parameter_counts(checkpoint.model)

@@ -131,9 +131,7 @@ def _load_sequence_classifier(folder: Path) -> tuple[nn.Module, list[Label]]:
             f"{folder}: expected checkpoint.json or a …ForSequenceClassification config, found {kinds}; "
             "save the fine-tuned model with save_pretrained"
         )
-    model = AutoModelForSequenceClassification.from_pretrained(
-        folder, attn_implementation="eager", dtype=torch.float32
-    )
+    model = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
     names = [config.id2label[i] for i in range(config.num_labels)]
     ids = [name.lower() if re.fullmatch(r"\w+", name, re.ASCII) else f"label_{i}" for i, name in enumerate(names)]
     return model, [Label(*pair) for pair in zip(names, ids, strict=True)]

@@ -173,11 +173,7 @@ def _renumber_config(config: dict, keep: list[int]) -> dict:
 
 
 def _slice_embedding(source: Path, output: Path, keep: list[int]) -> None:
-    tensors = {
-        name: tensor
-        for name, tensor in load_file(source).items()
-        if not name.startswith(LANGUAGE_MODEL_HEADS)
-    }
+    tensors = {name: tensor for name, tensor in load_file(source).items() if not name.startswith(LANGUAGE_MODEL_HEADS)}
     names = [name for name in tensors if name.endswith("embeddings.word_embeddings.weight")]
     if len(names) != 1:
         raise VocabularyError(
