@@ -214,6 +214,30 @@ def show_release(address: str, data: Path) -> None:
     )
 
 
+def measure_start(bucket: str, data: Path) -> None:
+    """Print how long after the process's start its first answer came, and its memory after 100 answers."""
+    texts = read_dataset(data).test.texts[:100]
+    port = free_port()
+    started = time.monotonic()
+    with run_function(bucket, port) as address:
+        post(address, {"text": texts[0]})
+        first_ms = (time.monotonic() - started) * 1000
+        for text in texts:
+            post(address, {"text": text})
+        statuses = [path.read_text() for path in Path("/proc").glob("[0-9]*/status") if _listens(path, port)]
+    sizes = [int(match[1]) / 1024 for text in statuses if (match := re.search(r"VmRSS:\s+(\d+)", text))]
+    memory = f"{max(sizes):.0f} MB resident after 100 answers (worker)" if sizes else "memory: only on Linux"
+    console.print(f"first answer {first_ms:.0f} ms after the process's start; {memory}")
+
+
+def _listens(status: Path, port: int) -> bool:
+    try:
+        command = (status.parent / "cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return b"--target" in command and str(port).encode() in command
+
+
 def make_probe_table(probes: list[dict], scores: np.ndarray, names: list[str]) -> Table:
     """The study's table for a terminal."""
     table = Table("욕구", "입력 문장", *names)
@@ -246,8 +270,10 @@ def build(given: Mapping[str, str], bucket: str) -> None:
 def demo(given: Mapping[str, str], bucket: str) -> None:
     """Build a release, start the function and ask it; everything ends with the command."""
     build(given, bucket)
+    data = Path(given.get("_DATA", "training/data"))
     with run_function(bucket) as address:
-        show_release(address, Path(given.get("_DATA", "training/data")))
+        show_release(address, data)
+    measure_start(bucket, data)
     console.print("\nTry it: `make serve PORT=8080`, and in another terminal")
     body = '{"text": "사람들에게 인정받고 싶어."}'
     console.print(f"curl http://127.0.0.1:8080 -H 'Content-Type: application/json' -d '{body}'", soft_wrap=True)
