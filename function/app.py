@@ -48,8 +48,6 @@ def create_function(environ: Mapping[str, str]) -> Callable[[Request], Response]
     """
     try:
         settings = read_settings(environ)
-        if not settings.model_uri:
-            raise errors.SettingError("MODEL_URI: expected gs://bucket/prefix or file:///folder, found none; set it")
     except errors.SettingError as error:
         raise SystemExit(str(error)) from None
     _log_to_stderr()

@@ -142,8 +142,8 @@ def test_a_failing_step_ends_the_build():
         local.run_pipeline([{"id": "second", "script": "exit 3"}, {"id": "third", "script": "exit 4"}], {}, {})
 
 
-def test_killing_any_step_leaves_the_bucket_serving_what_it_served(released, address, tmp_path):
-    """Steps before `promote` write no pointer, so SIGKILL at the start, middle or end of an upload changes nothing."""
+def test_killing_an_upload_leaves_the_bucket_serving_what_it_served(released, address, tmp_path):
+    """SIGKILL at the start, middle or end of an upload: the pointer was not written, so nothing changes."""
     before = requests.get(f"{address}/release", timeout=30).json()["release"]
     command = [sys.executable, "-m", "build.publish", "--model-uri", local.MODEL_URI, "--data", "training/data"]
     for name in FILES:
