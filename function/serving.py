@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 
 from function.errors import NeedsError, Overloaded, ReleaseUnavailable
 from function.manifest import Manifest, check_release_name
+from function.readers import Read, open_reader
 from function.settings import Settings
-from function.store import Read, fetch_files, open_store, read_manifest, read_pointer
+from function.store import fetch_files, read_manifest, read_pointer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -142,7 +143,7 @@ def load_release(settings: Settings, deadline: float) -> Served:
 
     Raises ReleaseRefused or ReleaseUnavailable.
     """
-    read = open_store(settings.model_uri)
+    read = open_reader(settings.model_uri)
     checked = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     if settings.release == "current":
         pointer = read_pointer(read, deadline)

@@ -1,73 +1,21 @@
 """Verified files: a place where releases are in, checked bytes out.
 
-`gs://bucket/prefix` is read with google-cloud-storage (which honours
-STORAGE_EMULATOR_HOST), `file:///folder` from disk. Nothing is handed on before
-its sha256 and size are those that the manifest names, whether it came from the
-bucket or from the cache.
+Nothing is handed on before its sha256 and size are those that the manifest
+names, whether it came from the bucket or from the cache.
 """
 
 import hashlib
 import logging
 import os
 import tempfile
-import time
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
-from function.errors import ReleaseRefused, ReleaseUnavailable
+from function.errors import ReleaseRefused
 from function.manifest import MODEL, TOKENIZER, File, Manifest, Pointer, parse_manifest, parse_pointer
+from function.readers import Read
 
-CONNECT_READ_SECONDS = (5, 5)
-Read = Callable[[str, float], bytes]
-"""(object name under MODEL_URI, deadline on time.monotonic) to its bytes; ReleaseUnavailable where it fails."""
 _log = logging.getLogger("needs")
-
-
-def open_store(uri: str) -> Read:
-    """How to read the objects under a MODEL_URI. Connects to nothing yet."""
-    scheme, _, rest = uri.rstrip("/").partition("://")
-    if scheme == "file":
-        return _folder_reader(Path(unquote(urlsplit(uri).path)))
-    bucket, _, prefix = rest.partition("/")
-    return _bucket_reader(bucket, f"{prefix}/" if prefix else "")
-
-
-def _folder_reader(folder: Path) -> Read:
-    def read(name: str, deadline: float) -> bytes:
-        try:
-            return (folder / name).read_bytes()
-        except OSError as error:
-            raise ReleaseUnavailable(f"{name}: expected a file, found {error}; check MODEL_URI") from error
-
-    return read
-
-
-def _bucket_reader(bucket: str, prefix: str) -> Read:
-    clients: list = []
-
-    def read(name: str, deadline: float) -> bytes:
-        # 0.3 s and 49 MB of imports: in the worker, while it loads, and not before the fork.
-        from google.api_core.exceptions import GoogleAPIError
-        from google.auth.exceptions import GoogleAuthError
-        from google.cloud import storage
-        from google.cloud.storage.retry import DEFAULT_RETRY
-        from requests import RequestException
-
-        try:
-            if not clients:
-                clients.append(storage.Client(project="_"))
-            blob = clients[0].bucket(bucket).blob(prefix + name)
-            patience = DEFAULT_RETRY.with_timeout(max(0.1, deadline - time.monotonic()))
-            content: bytes = blob.download_as_bytes(timeout=CONNECT_READ_SECONDS, retry=patience, checksum=None)
-            return content
-        except (GoogleAPIError, GoogleAuthError, RequestException, OSError) as error:
-            raise ReleaseUnavailable(
-                f"gs://{bucket}/{prefix}{name}: expected the object, found {error}; "
-                "check MODEL_URI and the function's right to read it"
-            ) from error
-
-    return read
 
 
 def read_pointer(read: Read, deadline: float) -> Pointer:
@@ -88,11 +36,13 @@ def read_manifest(read: Read, release: str, sha256: str | None, deadline: float)
 
 
 def fetch_files(read: Read, manifest: Manifest, cache: Path, deadline: float) -> dict[str, bytes]:
-    """The two files that the function needs, from the cache or the bucket."""
-    return {
-        name: _fetch_file(read, f"releases/{manifest.release}/{name}", manifest.files[name], cache, deadline)
-        for name in (MODEL, TOKENIZER)
-    }
+    """The two files that the function needs, from the cache or, both at once, from the bucket."""
+
+    def fetch(name: str) -> bytes:
+        return _fetch_file(read, f"releases/{manifest.release}/{name}", manifest.files[name], cache, deadline)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip((MODEL, TOKENIZER), pool.map(fetch, (MODEL, TOKENIZER)), strict=True))
 
 
 def _fetch_file(read: Read, name: str, file: File, cache: Path, deadline: float) -> bytes:

@@ -5,8 +5,9 @@ import pytest
 
 from function.errors import ReleaseRefused, ReleaseUnavailable, SettingError
 from function.manifest import MODEL, TOKENIZER, File, Manifest
+from function.readers import open_reader
 from function.settings import read_settings
-from function.store import fetch_files, open_store
+from function.store import fetch_files
 
 CONTENT = {MODEL: b"model", TOKENIZER: b"tokenizer"}
 RELEASE = "20260101T000000Z-0123456789ab"
@@ -28,7 +29,7 @@ def make_manifest() -> Manifest:
 
 def fetch(folder, cache):
     return fetch_files(
-        open_store(f"file://{str(folder).replace(' ', '%20')}/"), make_manifest(), cache, time.monotonic() + 5
+        open_reader(f"file://{str(folder).replace(' ', '%20')}/"), make_manifest(), cache, time.monotonic() + 5
     )
 
 
@@ -59,7 +60,7 @@ def test_a_file_other_than_the_manifests_is_refused(folder, tmp_path, stored):
 
 def test_a_missing_file_is_unavailable(tmp_path):
     with pytest.raises(ReleaseUnavailable, match="check MODEL_URI"):
-        open_store(f"file://{tmp_path}")("current.json", time.monotonic() + 5)
+        open_reader(f"file://{tmp_path}")("current.json", time.monotonic() + 5)
 
 
 @pytest.mark.parametrize(
