@@ -138,11 +138,12 @@ def substitute(text: str, values: Mapping[str, str]) -> str:
     return re.sub(r"\$\$|\$\{(\w+)\}|\$(\w+)", value, text)
 
 
-def run_pipeline(steps: list[dict], values: dict[str, str], environment: Mapping[str, str]) -> None:
+def run_pipeline(steps: list[dict], values: dict[str, str], environment: Mapping[str, str]) -> dict[str, float]:
     """Run the steps one after another, as their order and `waitFor` allow; the first that fails ends the build.
 
-    Raises LocalError with the name of the failed step.
+    Returns the seconds that each step took. Raises LocalError with the name of the failed step.
     """
+    seconds = {}
     for step in steps:
         console.rule(f"{step['id']}", align="left")
         started = time.monotonic()
@@ -154,7 +155,9 @@ def run_pipeline(steps: list[dict], values: dict[str, str], environment: Mapping
             raise LocalError(
                 f"step {step['id']}: expected exit code 0, found {done.returncode}; its lines above say why"
             )
-        console.print(f"{step['id']}: {time.monotonic() - started:.1f} s", style="dim")
+        seconds[step["id"]] = time.monotonic() - started
+        console.print(f"{step['id']}: {seconds[step['id']]:.1f} s", style="dim")
+    return seconds
 
 
 def _command(step: dict, values: dict[str, str]) -> list[str]:
@@ -203,15 +206,23 @@ def show_release(address: str, data: Path) -> None:
             f"the other {found['others']} scores: mean {found['others_mean']:.3f}, "
             f"{found['others_at_half']} at 0.5 or more"
         )
-    made = manifest["provenance"]
-    trained = f"{made.get('trained_texts', 0):,} of {made.get('all_texts', 0):,} training texts"
     scores = score_over_http(address, dataset.test.texts, names)
     half = summarize_scores(scores, dataset.test.targets)
     console.print(
         f"test split over HTTP, INT8, at 0.5: [bold]macro-F1 {half['macro_f1']:.4f}[/], "
-        f"micro-F1 {half['micro_f1']:.4f} "
-        f"(trained on {trained})"
+        f"micro-F1 {half['micro_f1']:.4f}{_describe_training(manifest['provenance'])}"
     )
+    if ngrams := manifest["metrics"].get("ngrams_macro_f1"):
+        points = 100 * (half["macro_f1"] - ngrams)
+        console.print(
+            f"character n-grams trained on the same texts: macro-F1 {ngrams:.4f}; ours is {points:+.2f} points"
+        )
+
+
+def _describe_training(made: dict) -> str:
+    if "trained_texts" not in made:
+        return ""  # a checkpoint of one's own
+    return f" (trained on {made['trained_texts']:,} of {made['all_texts']:,} training texts)"
 
 
 def measure_start(bucket: str, data: Path) -> None:

@@ -112,9 +112,11 @@ def make_manifest(folder: Path, data: Path, build_id: str, commit: str) -> bytes
 
 
 def summarize_metrics(metrics: dict) -> dict:
-    """The figures that a manifest carries: those of the INT8 model that is served."""
+    """The figures that a manifest carries: those of the INT8 model that is served, and of the n-grams beside it."""
     verified = metrics["verification"]
     scores = {key: verified["int8"][key] for key in ("macro_f1", "micro_f1")} if "int8" in verified else {}
+    if "evaluation" in metrics:
+        scores["ngrams_macro_f1"] = metrics["evaluation"]["ngrams"]["at_half"]["macro_f1"]
     return {**scores, "flips": verified["flips"], "logit_difference": verified["logit_difference"]}
 
 

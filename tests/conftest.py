@@ -133,8 +133,8 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def released(tiny_bases, tiny_data, tmp_path_factory):
-    """A bucket with a release that the pipeline's own steps made, in a checkout of its own."""
+def pipeline(tiny_bases, tiny_data, tmp_path_factory):
+    """The pipeline's own steps for a tiny encoder, with their substitutions, in a checkout of their own."""
     work = tmp_path_factory.mktemp("work")
     root = Path(__file__).parent.parent
     for name in ("build", "function", "training", "main.py", "cloudbuild.yaml", ".venv"):
@@ -147,7 +147,18 @@ def released(tiny_bases, tiny_data, tmp_path_factory):
     }
     given |= {"_MAX_FLIPS": "1", "_MAX_F1_LOSS": "1"}  # an untrained model's decisions hang on nothing
     steps, values = local.read_pipeline(root / "cloudbuild.yaml", given)
-    with local.run_bucket(work / "bucket") as address:
-        steps = [{**step, "dir": str(work)} for step in steps if step["id"] != "install"]
-        local.run_pipeline(steps, values, {"STORAGE_EMULATOR_HOST": address})
+    return [{**step, "dir": str(work)} for step in steps if step["id"] != "install"], values
+
+
+@pytest.fixture(scope="session")
+def step_seconds() -> dict[str, float]:
+    """How long each step of `released` took, once that was made."""
+    return {}
+
+
+@pytest.fixture(scope="session")
+def released(pipeline, step_seconds, tmp_path_factory):
+    """A bucket with a release that the pipeline made."""
+    with local.run_bucket(tmp_path_factory.mktemp("bucket")) as address:
+        step_seconds |= local.run_pipeline(*pipeline, {"STORAGE_EMULATOR_HOST": address})
         yield address

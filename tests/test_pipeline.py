@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -142,9 +143,31 @@ def test_a_failing_step_ends_the_build():
         local.run_pipeline([{"id": "second", "script": "exit 3"}, {"id": "third", "script": "exit 4"}], {}, {})
 
 
-def test_killing_an_upload_leaves_the_bucket_serving_what_it_served(released, address, tmp_path):
-    """SIGKILL at the start, middle or end of an upload: the pointer was not written, so nothing changes."""
-    before = requests.get(f"{address}/release", timeout=30).json()["release"]
+def test_killing_any_step_half_way_leaves_the_bucket_serving_what_it_served(pipeline, released, step_seconds, tmp_path):
+    """A build with another seed: each step is killed with its children, looked at, and then done to its end."""
+    steps, values = pipeline
+    values = {**values, "_SEED": "2"}
+    environment = {**os.environ, **values, "STORAGE_EMULATOR_HOST": released}
+    before, served = ask_fresh_function(released, tmp_path / "before"), {}
+    for step in steps:
+        killed = subprocess.Popen(
+            ["bash", "-c", step["script"]], cwd=step["dir"], env=environment, start_new_session=True
+        )
+        time.sleep(step_seconds[step["id"]] / 2)
+        os.killpg(killed.pid, signal.SIGKILL)
+        assert killed.wait() == -signal.SIGKILL, f"{step['id']} was over before it was killed"
+        served[step["id"]] = ask_fresh_function(released, tmp_path / step["id"])
+        local.run_pipeline([step], values, {"STORAGE_EMULATOR_HOST": released})
+    after = ask_fresh_function(released, tmp_path / "after")
+    assert after[0] != before[0]
+    assert after[1] == before[1] + 1
+    assert served.pop("promote") in (before, after)  # its one write is its last act: done or not, nothing between
+    assert served == dict.fromkeys(served, before)
+
+
+def test_killing_an_upload_leaves_the_bucket_serving_what_it_served(released, tmp_path):
+    """SIGKILL at the start, middle or end of a large upload: the pointer was not written, so nothing changes."""
+    before = ask_fresh_function(released, tmp_path / "before")
     command = [sys.executable, "-m", "build.publish", "--model-uri", local.MODEL_URI, "--data", "training/data"]
     for name in FILES:
         (tmp_path / name).write_bytes(b"x" * 5_000_000)
@@ -157,9 +180,14 @@ def test_killing_an_upload_leaves_the_bucket_serving_what_it_served(released, ad
         time.sleep(seconds)
         process.kill()
         process.wait()
-        cache = {"CACHE_DIR": str(tmp_path / f"cache-{seconds}")}
-        with local.run_function(released, environment=cache) as fresh:
-            assert requests.get(f"{fresh}/ready", timeout=30).json()["release"] == before
+    assert ask_fresh_function(released, tmp_path / "after") == before
+
+
+def ask_fresh_function(bucket, cache):
+    with local.run_function(bucket, environment={"CACHE_DIR": str(cache)}) as fresh:
+        ready = requests.get(f"{fresh}/ready", timeout=30).json()
+        answer = requests.post(fresh, json={"text": "우리 팀 좋 다"}, timeout=30).json()
+    return ready["release"], ready["sequence"], answer
 
 
 def test_the_locked_requirements_alone_serve_and_know_no_torch(released, tmp_path):
