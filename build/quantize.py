@@ -63,6 +63,7 @@ def quantize(source: Path, output: Path, windows: list[np.ndarray]) -> dict[str,
         weight_type=QuantType.QInt8,
         # fused operators have no inferred types, so their inputs are declared
         extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
+        nodes_to_exclude=[node.name for node in model.graph.node if any("wide" in name for name in node.input)],
     )
     smoothed.unlink()
     kinds = {node.op_type for node in onnx.load(new).graph.node}

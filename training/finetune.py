@@ -8,10 +8,8 @@ epoch passed before the loss moved at all. By default the embeddings and the low
 layers stay as they are, as in the study that this project follows: they hold
 what the base knows of the language, and 6,000 texts would only wear it off.
 Against over-fitting, a share of each text's tokens is left out anew every time
-it is seen (word dropout, Iyyer et al. 2015,
-https://aclanthology.org/P15-1162), and the weights of the last epochs are
-averaged (Izmailov et al. 2018, https://arxiv.org/abs/1803.05407) where
-validation says that this is better than the best epoch alone.
+it is seen (word dropout, Iyyer et al. 2015, https://aclanthology.org/P15-1162),
+and at the end the n-grams of `training.wide` are put beside the encoder.
 transformers' Trainer does the loop: an interrupted run goes on where it was,
 several GPUs work through `accelerate launch -m training.finetune`.
 
@@ -28,7 +26,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.utils.data import Dataset as TorchDataset
@@ -48,8 +45,10 @@ from training.model import (
     pad,
     parameter_counts,
     predict,
+    predict_logits,
     save_checkpoint,
 )
+from training.wide import fit_ngrams
 
 STRATEGIES = ("partial", "full")
 HEAD_RATE = 10
@@ -57,7 +56,6 @@ HEAD_RATE = 10
 PROBE_ROWS = 2000
 PROBE_C = 0.02
 """Inverse strength of the probe's L2 penalty, on standardized features."""
-AVERAGED_EPOCHS = 3
 BUCKET_BATCHES = 50
 """Texts are sorted by length within this many batches, and the batches then shuffled."""
 KIB = 1024 if sys.platform != "darwin" else 1
@@ -87,7 +85,8 @@ def finetune(base: Path, dataset: Dataset, output: Path, options: argparse.Names
         optimizers=(_optimizer(checkpoint.model, options.learning_rate), None),
     )
     trainer.train(resume_from_checkpoint=_resumable(state, base, options))
-    average_epochs(trainer, state)
+    checkpoint.model.cpu()
+    add_wide_branch(checkpoint, train, dataset.validation)
     if trainer.is_world_process_zero():
         checkpoint.provenance |= {"trained_texts": len(train), "all_texts": len(dataset.train)} | {
             name: getattr(options, name)
@@ -127,17 +126,17 @@ def fit_head(checkpoint: Checkpoint, train: Examples) -> None:
             checkpoint.model.head.bias[i] = float(bias - weights @ mean)
 
 
-def average_epochs(trainer: Trainer, state: Path) -> None:
-    """Give the model the mean of the last epochs' weights, where its macro-F1 on validation is higher."""
-    folders = sorted(state.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))[-AVERAGED_EPOCHS:]
-    epochs = [load_file(folder / "model.safetensors") for folder in folders]
-    best = {name: weights.clone() for name, weights in trainer.model.state_dict().items()}
-    best_f1 = trainer.evaluate()["eval_macro_f1"]
-    trainer.model.load_state_dict({name: torch.stack([e[name] for e in epochs]).mean(0) for name in best})
-    average_f1 = trainer.evaluate()["eval_macro_f1"]
-    print(f"validation macro-F1: best epoch {best_f1:.4f}, mean of the last {len(epochs)} {average_f1:.4f}")
-    if average_f1 < best_f1:
-        trainer.model.load_state_dict(best)
+def add_wide_branch(checkpoint: Checkpoint, train: Examples, validation: Examples) -> None:
+    """Fit n-grams on `train`, and on `validation` how much they and the encoder's logits count."""
+    deep = predict_logits(checkpoint, validation.texts)
+    branch = fit_ngrams(encode(checkpoint, train.texts), train.targets)
+    ngrams = predict(checkpoint, validation.texts, branch.score)
+    branch.weigh(deep, ngrams, validation.targets)
+    checkpoint.model.wide = branch
+    together = predict_logits(checkpoint, validation.texts)
+    for name, logits in (("encoder", deep), ("n-grams", ngrams), ("together", together)):
+        found = summarize_scores(sigmoid(logits), validation.targets)["macro_f1"]
+        print(f"validation macro-F1, {name}: {found:.4f}")
 
 
 class _Dropping(TorchDataset[dict]):
@@ -212,7 +211,7 @@ def _training_arguments(state: Path, texts: int, options: argparse.Namespace) ->
         seed=options.seed,
         eval_strategy="epoch",
         save_strategy="epoch",
-        save_total_limit=AVERAGED_EPOCHS + 1,
+        save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model="macro_f1",
         logging_steps=20,
@@ -268,7 +267,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--frozen-layers", type=int, help="with partial: the lowest N; a third unless told")
     parser.add_argument("--epochs", type=float, default=5.0)
     parser.add_argument("--rows", type=int, default=0, help="train on a random part of this many texts; 0 is all")
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--learning-rate", type=float, default=1.5e-4)
     parser.add_argument("--token-dropout", type=float, default=0.1, help="share of tokens left out in training")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-tokens", type=int, default=DEFAULT_MAX_TOKENS)

@@ -1,7 +1,7 @@
-"""The classifier: encoder, masked mean pooling, linear head; and its checkpoint on disk.
+"""The classifier: encoder, masked mean pooling, linear head, wide branch; and its checkpoint on disk.
 
 A checkpoint is a folder: the encoder as `save_pretrained` writes it,
-`head.safetensors`, `tokenizer.json` and `checkpoint.json` (labels, prefix,
+`head.safetensors`, `wide.safetensors`, `tokenizer.json` and `checkpoint.json` (labels, prefix,
 max_tokens, where it came from). What `…ForSequenceClassification.save_pretrained`
 writes is read as well, with its own pooling and head, labels from its config.
 """
@@ -22,24 +22,28 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from training.examples import Label
 from training.files import read_json, replace_folder, write_json
+from training.wide import WideBranch
 
 DEFAULT_MAX_TOKENS = 256
 PREDICT_BATCH = 16
 
 
 class NeedsClassifier(nn.Module):
-    """Logits for L labels out of the mean of the encoder's token states."""
+    """Logits for L labels out of the mean of the encoder's token states, and of n-grams once these are fitted."""
 
-    def __init__(self, encoder: nn.Module, labels: int):
+    def __init__(self, encoder: nn.Module, labels: int, wide: WideBranch | None = None):
         super().__init__()
         self.encoder = encoder
         self.head = nn.Linear(encoder.config.hidden_size, labels)
+        self.wide = wide
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor | None = None
     ) -> SequenceClassifierOutput:
         """int64 [B, T] ids and mask to float32 [B, L] logits, and the loss where targets [B, L] are given."""
         logits = self.head(self.pool(input_ids, attention_mask))  # [B, H] -> [B, L]
+        if self.wide:
+            logits = self.wide(logits, input_ids, attention_mask)
         loss = None if labels is None else nn.functional.binary_cross_entropy_with_logits(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
@@ -88,8 +92,8 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
     """Write a checkpoint that `load_checkpoint` reads; the folder is replaced as a whole."""
     with replace_folder(folder) as new:
         checkpoint.model.encoder.save_pretrained(new)
-        head = {name: tensor.contiguous() for name, tensor in checkpoint.model.head.state_dict().items()}
-        save_file(head, new / "head.safetensors")
+        for name in ("head", "wide"):
+            save_file(getattr(checkpoint.model, name).state_dict(), new / f"{name}.safetensors")
         checkpoint.tokenizer.save(str(new / "tokenizer.json"))
         write_json(
             new / "checkpoint.json",
@@ -113,8 +117,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     if (folder / "checkpoint.json").exists():
         known = read_json(folder / "checkpoint.json")
         labels = [Label(**label) for label in known["labels"]]
-        model: nn.Module = NeedsClassifier(load_encoder(folder), len(labels))
-        model.head.load_state_dict(load_file(folder / "head.safetensors"))
+        model: nn.Module = NeedsClassifier(load_encoder(folder), len(labels), WideBranch(len(labels)))
+        for name in ("head", "wide"):
+            getattr(model, name).load_state_dict(load_file(folder / f"{name}.safetensors"))
         rest = known["prefix"], known["max_tokens"], known["provenance"]
     else:
         model, labels = _load_sequence_classifier(folder)
