@@ -21,6 +21,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import requests
@@ -46,9 +47,11 @@ class LocalError(RuntimeError):
 
 
 @contextmanager
-def run_server(command: list[str], address: str, environment: Mapping[str, str]) -> Iterator[str]:
+def run_server(
+    command: list[str], address: str, environment: Mapping[str, str], stderr: IO | None = None
+) -> Iterator[str]:
     """Start a server, wait until `address` answers, and stop it when the block ends."""
-    process = subprocess.Popen(command, env={**os.environ, **environment})
+    process = subprocess.Popen(command, env={**os.environ, **environment}, stderr=stderr)
     try:
         _wait_for(process, address)
         yield address
@@ -95,14 +98,16 @@ def run_bucket(folder: Path = BUCKET_FOLDER) -> Iterator[str]:
 
 
 @contextmanager
-def run_function(bucket: str, port: int = 0, environment: Mapping[str, str] | None = None) -> Iterator[str]:
+def run_function(
+    bucket: str, port: int = 0, environment: Mapping[str, str] | None = None, stderr: IO | None = None
+) -> Iterator[str]:
     """The function as functions-framework runs it in the cloud; yields its address."""
     port = port or free_port()
     settings = {"MODEL_URI": MODEL_URI, "STORAGE_EMULATOR_HOST": bucket, "CACHE_DIR": ".local/cache/served"}
     framework = str(Path(sys.executable).with_name("functions-framework"))
     command = [framework, "--target", "needs", "--host", "127.0.0.1", "--port", str(port)]
     address = f"http://127.0.0.1:{port}"
-    with run_server(command, f"{address}/health", {**settings, **(environment or {})}):
+    with run_server(command, f"{address}/health", {**settings, **(environment or {})}, stderr):
         yield address
 
 

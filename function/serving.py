@@ -1,33 +1,46 @@
-"""The release now served: lazy load, and a bounded place to run it.
+"""The release now served: lazy load, refresh, and a bounded place to run it.
 
 functions-framework imports the function before gunicorn forks its worker, and
 an ONNX Runtime session does not survive a fork. So nothing is loaded at import:
 one load starts in the worker, from the preload or from the first request, and
 every request that comes meanwhile waits for that same load.
+
+An instance's CPU stops between requests, so no timer can look for a newer
+release: the request that finds a look due starts it and waits for it a while,
+the others go on with the release that is there. A new one takes its place in
+one assignment, once it has been verified and has answered; a request keeps the
+one that it began with.
 """
 
 import logging
+import signal
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from function.errors import NeedsError, Overloaded, ReleaseUnavailable
-from function.manifest import Manifest, check_release_name
-from function.readers import Read, open_reader
+from function.errors import NeedsError, Overloaded, ReleaseRefused, ReleaseUnavailable
+from function.manifest import MODEL, TOKENIZER, Manifest, Pointer, check_release_name, parse_pointer
+from function.readers import open_reader
 from function.settings import Settings
-from function.store import fetch_files, read_manifest, read_pointer
+from function.store import fetch_files, read_manifest, remove_others
 
 if TYPE_CHECKING:
     import numpy as np
 
     from function.classifier import Classifier, Windows
 
+REFRESH_WAIT_SECONDS = 5.0
+"""How long the request that looks for a newer release waits for it."""
+LONGEST_BACKOFF = 16
+"""Times REFRESH_SECONDS, after looks that failed in transport."""
+DRAIN_SECONDS = 8.0
+"""From SIGTERM to giving up what is not done: Cloud Run kills after 10."""
 _log = logging.getLogger("needs")
 
 
@@ -37,19 +50,18 @@ class Served:
 
     manifest: Manifest
     classifier: "Classifier"
-    sequence: int | None
-    """The pointer's, None where the release is pinned."""
-    checked: str
-    """When the pointer was last read, RFC 3339."""
+    pointer: Pointer | None
+    """What named it, None where the release is pinned."""
 
 
 @dataclass
 class Timing:
-    """Where a request's milliseconds went."""
+    """Where a request's milliseconds went, and how many texts it had."""
 
     milliseconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("queue", "load", "tokenize", "infer"), 0.0)
     )
+    texts: int = 0
 
     @contextmanager
     def add(self, part: str) -> Iterator[None]:
@@ -58,22 +70,32 @@ class Timing:
         try:
             yield
         finally:
-            self.milliseconds[part] += (time.monotonic() - started) * 1000
+            passed = (time.monotonic() - started) * 1000
+            self.milliseconds[part] = self.milliseconds.get(part, 0.0) + passed
 
 
 class Serving:
-    """Loads the release once and runs it for as many requests as the settings allow."""
+    """Loads the release, keeps it fresh and runs it for as many requests as the settings allow."""
 
     def __init__(self, settings: Settings):
         self._settings = settings
+        self._read = open_reader(settings.model_uri)
         self._lock = threading.Lock()
         self._served: Served | None = None
         self._loading: Future[Served] | None = None
+        self._next_check = 0.0
+        self._failures = 0
+        self._refused_pointer: bytes | None = None
+        self.checked: str | None = None
+        """When the pointer was last read, RFC 3339; when the pinned release was loaded."""
+        self.refused: str | None = None
+        """Why the newest pointer is not served."""
         self._places = threading.BoundedSemaphore(settings.max_concurrent + settings.max_queue)
         self._slots = threading.BoundedSemaphore(settings.max_concurrent)
+        self._stopped: float | None = None
 
     def begin_load(self) -> "Future[Served]":
-        """Start a load in a thread of its own, or join the one under way or done."""
+        """Start a load in a thread of its own, or join the one under way."""
         with self._lock:
             if self._loading is None:
                 self._loading = Future()
@@ -81,20 +103,35 @@ class Serving:
             return self._loading
 
     def served(self, timing: Timing) -> Served:
-        """The release now served, loaded first if need be.
+        """The release now served: loaded first if need be, a newer one looked for if that is due.
 
         Raises ReleaseError where none can be had within LOAD_SECONDS.
         """
-        if self._served is not None:
-            return self._served
-        with timing.add("load"):
-            try:
-                return self.begin_load().result(timeout=self._settings.load_seconds)
-            except TimeoutError:
-                raise ReleaseUnavailable(
-                    f"release: expected it within LOAD_SECONDS = {self._settings.load_seconds:g}, "
-                    "found it still loading; try again"
-                ) from None
+        if self._served is None:
+            with timing.add("load"):
+                return self._wait(self._settings.load_seconds)
+        if self._claim_check():
+            with timing.add("load"), suppress(NeedsError):  # it was logged, and the old release serves
+                self._wait(min(REFRESH_WAIT_SECONDS, self._settings.load_seconds))
+        return self._served
+
+    def _wait(self, seconds: float) -> Served:
+        try:
+            return self.begin_load().result(timeout=seconds)
+        except TimeoutError:
+            raise ReleaseUnavailable(
+                f"release: expected it within LOAD_SECONDS = {seconds:g}, found it still loading; try again"
+            ) from None
+
+    def _claim_check(self) -> bool:
+        """Whether a look at the pointer is due, for one request alone."""
+        every = self._settings.refresh_seconds
+        if not every or self._settings.release != "current" or time.monotonic() < self._next_check:
+            return False
+        with self._lock:
+            due = self._loading is None and time.monotonic() >= self._next_check
+            self._next_check = time.monotonic() + every if due else self._next_check
+            return due
 
     @contextmanager
     def admit(self) -> Iterator[None]:
@@ -108,11 +145,15 @@ class Serving:
             self._places.release()
 
     def infer(self, classifier: "Classifier", windows: "Windows", timing: Timing) -> "np.ndarray":
-        """float32 [L] probabilities of a text; a slot is taken for each window, so that short texts get between."""
+        """float32 [L] probabilities of a text; a slot is taken for each window, so that short texts get between.
+
+        Raises Overloaded where the process has been told to stop and its time is up.
+        """
         from function.classifier import combine
 
         logits = []
         for ids in windows.ids:
+            self._check_time_left()
             with timing.add("queue"):
                 self._slots.acquire()
             try:
@@ -122,51 +163,108 @@ class Serving:
                 self._slots.release()
         return combine(logits)
 
+    def _check_time_left(self) -> None:
+        worker = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)  # gunicorn's, in its worker
+        if getattr(worker, "alive", True):
+            return
+        self._stopped = self._stopped or time.monotonic()
+        if time.monotonic() > self._stopped + DRAIN_SECONDS:
+            raise Overloaded("instance: expected to finish before it stops, found too much left; try again")
+
     def _load(self, loading: "Future[Served]") -> None:
-        started = time.monotonic()
+        """Bring the release up to date, and settle all who wait for it."""
+        started, before = time.monotonic(), self._served
         try:
-            served = load_release(self._settings, started + self._settings.load_seconds)
+            served = self._find_newest(started + self._settings.load_seconds)
         except BaseException as error:
-            known = isinstance(error, NeedsError)
-            _log.error("release not loaded: %s", error, exc_info=not known)
+            self._note_failure(error)
             with self._lock:
                 self._loading = None  # the next request may start a new load
+            known = isinstance(error, NeedsError)
             loading.set_exception(error if known else ReleaseUnavailable(f"release: not loaded, {error!r}"))
             return
+        self.refused, self._refused_pointer, self._failures = None, None, 0
+        self._next_check = time.monotonic() + self._settings.refresh_seconds
         self._served = served
+        with self._lock:
+            self._loading = None
         loading.set_result(served)
-        _log.info("release %s loaded in %.0f ms", served.manifest.release, (time.monotonic() - started) * 1000)
+        if served is not before:
+            _log.info("release %s loaded in %.0f ms", served.manifest.release, (time.monotonic() - started) * 1000)
+            remove_others(served.manifest, Path(self._settings.cache_dir), self._settings.load_seconds)
+
+    def _note_failure(self, error: BaseException) -> None:
+        """A refused pointer waits for the next one; what failed in transport is tried again, ever less often."""
+        if str(error) != self.refused:
+            _log.error("release not loaded: %s", error, exc_info=not isinstance(error, NeedsError))
+        self.refused = str(error)
+        if not isinstance(error, ReleaseRefused):
+            wait = self._settings.refresh_seconds * min(2**self._failures, LONGEST_BACKOFF)
+            self._next_check, self._failures = time.monotonic() + wait, self._failures + 1
+
+    def _find_newest(self, deadline: float) -> Served:
+        """What the pointer, or RELEASE, names; what is served already where that is the same.
+
+        Raises ReleaseRefused or ReleaseUnavailable.
+        """
+        if self._settings.release != "current":
+            manifest = read_manifest(self._read, check_release_name(self._settings.release), None, deadline)
+            self.checked = _now()
+            return self._load_release(manifest, None, deadline)
+        stored = self._read("current.json", deadline)
+        self.checked = _now()
+        if stored == self._refused_pointer:
+            raise ReleaseRefused(self.refused or "")
+        try:
+            pointer = parse_pointer(stored)
+            if self._served and not _is_newer(pointer, self._served):
+                return self._served
+            manifest = read_manifest(self._read, pointer.release, pointer.manifest_sha256, deadline)
+            return self._load_release(manifest, pointer, deadline)
+        except ReleaseRefused:
+            self._refused_pointer = stored
+            raise
+
+    def _load_release(self, manifest: Manifest, pointer: Pointer | None, deadline: float) -> Served:
+        """Fetch, verify, load and warm a release."""
+        files = fetch_files(self._read, manifest, Path(self._settings.cache_dir), deadline)
+        return Served(manifest, _make_classifier(files, manifest, self._settings), pointer)
 
 
-def load_release(settings: Settings, deadline: float) -> Served:
-    """Fetch, check, load and warm the release that the settings name.
-
-    Raises ReleaseRefused or ReleaseUnavailable.
-    """
-    read = open_reader(settings.model_uri)
-    checked = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    if settings.release == "current":
-        pointer = read_pointer(read, deadline)
-        manifest = read_manifest(read, pointer.release, pointer.manifest_sha256, deadline)
-        sequence: int | None = pointer.sequence
-    else:
-        manifest = read_manifest(read, check_release_name(settings.release), None, deadline)
-        sequence = None
-    return Served(manifest, _make_classifier(read, manifest, settings, deadline), sequence, checked)
-
-
-def _make_classifier(read: Read, manifest: Manifest, settings: Settings, deadline: float) -> "Classifier":
-    from function.classifier import Classifier
-    from function.manifest import MODEL, TOKENIZER
-
-    files = fetch_files(read, manifest, Path(settings.cache_dir), deadline)
-    classifier = Classifier(
-        files[MODEL],
-        files[TOKENIZER],
-        prefix=manifest.prefix,
-        max_tokens=manifest.max_tokens,
-        max_windows=settings.max_windows,
-        threads=settings.inference_threads,
+def _is_newer(pointer: Pointer, served: Served) -> bool:
+    """Raises ReleaseRefused for a pointer that goes back, or names another release with the same sequence."""
+    known = served.pointer
+    if known is None or pointer.sequence > known.sequence:
+        return True
+    if pointer == known:
+        return False
+    raise ReleaseRefused(
+        f"current.json: expected a sequence above {known.sequence}, found {pointer.sequence} for {pointer.release}; "
+        "promote it anew"
     )
-    classifier.score("예열")  # the first run allocates what the later ones use
+
+
+def _make_classifier(files: dict[str, bytes], manifest: Manifest, settings: Settings) -> "Classifier":
+    from function.classifier import Classifier
+
+    try:
+        classifier = Classifier(
+            files[MODEL],
+            files[TOKENIZER],
+            prefix=manifest.prefix,
+            max_tokens=manifest.max_tokens,
+            max_windows=settings.max_windows,
+            threads=settings.inference_threads,
+        )
+        scores = classifier.score("예열")  # the first run allocates what the later ones use
+    except MemoryError:
+        raise
+    except Exception as error:  # onnxruntime and tokenizers have no common error of their own
+        raise ReleaseRefused(f"release: expected a model that runs here, found {error!r}; publish another") from error
+    if scores.shape != (len(manifest.labels),):
+        raise ReleaseRefused(f"model.onnx: expected {len(manifest.labels)} scores, found {scores.shape}; publish again")
     return classifier
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -6,6 +6,7 @@ The container's CPUs come from its cgroup quota and affinity, since
 
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -31,6 +32,16 @@ _URI = (
     "gs://bucket/prefix or file:///folder",
     lambda value: value.startswith(("gs://", "file:///")) and len(value) > len("gs://"),
 )
+_ORIGIN = re.compile(r"https?://[\w.-]+(:\d+)?")
+_ORIGINS = (
+    "scheme://host[:port], scheme://host[:port], …",
+    lambda value: all(_ORIGIN.fullmatch(origin) for origin in split_origins(value)),
+)
+
+
+def split_origins(value: str) -> list[str]:
+    """ALLOWED_ORIGINS as a list."""
+    return [origin.strip() for origin in value.split(",") if origin.strip()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,15 +50,18 @@ class Settings:
 
     model_uri: str = _setting("", "URI", "where the releases are", *_URI)
     release: str = _setting("current", "name", "the release to serve: `current`, or one to pin", *_ANY)
+    refresh_seconds: float = _setting(300.0, "s", "between looks at the pointer; 0 = never", *_at_least(0))
     load_seconds: float = _setting(30.0, "s", "for a whole load with its retries", *_at_least(0.1))
     cache_dir: str = _setting("/tmp/needs", "path", "where released files are kept, by their sha256", *_ANY)
     max_texts: int = _setting(64, "texts", "in one request", *_at_least(1))
+    max_calls: int = _setting(1000, "rows", "in one call of BigQuery", *_at_least(1))
     max_text_chars: int = _setting(5000, "code points", "in one text", *_at_least(1))
     max_windows: int = _setting(8, "windows", "of one text; what is beyond is cut (`truncated`)", *_at_least(1))
     max_body_bytes: int = _setting(1048576, "bytes", "in one request", *_at_least(1))
     inference_threads: int = _setting(0, "threads", "of one inference; 0 = the container's CPUs", *_at_least(0))
     max_concurrent: int = _setting(0, "requests", "inferring at once; 0 = CPUs // threads", *_at_least(0))
     max_queue: int = _setting(0, "requests", "waiting before 503; 0 = twice those inferring", *_at_least(0))
+    allowed_origins: str = _setting("", "origins", "pages of which may ask, by commas; empty = none", *_ORIGINS)
     preload: int = _setting(1, "0 or 1", "begin to load right after the fork", "0 or 1", lambda value: value in (0, 1))
 
 

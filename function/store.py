@@ -7,20 +7,20 @@ names, whether it came from the bucket or from the cache.
 import hashlib
 import logging
 import os
+import re
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from function.errors import ReleaseRefused
-from function.manifest import MODEL, TOKENIZER, File, Manifest, Pointer, parse_manifest, parse_pointer
+from function.manifest import MODEL, TOKENIZER, File, Manifest, parse_manifest
 from function.readers import Read
 
+NEW = ".new-"
+"""How the name of a file begins that is being written."""
+SHA256 = re.compile(r"[0-9a-f]{64}")
 _log = logging.getLogger("needs")
-
-
-def read_pointer(read: Read, deadline: float) -> Pointer:
-    """The release that is current now."""
-    return parse_pointer(read("current.json", deadline))
 
 
 def read_manifest(read: Read, release: str, sha256: str | None, deadline: float) -> Manifest:
@@ -71,7 +71,7 @@ def _write_cache(cached: Path, content: bytes) -> None:
     new = None
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, new = tempfile.mkstemp(prefix=".new-", dir=cached.parent)
+        descriptor, new = tempfile.mkstemp(prefix=NEW, dir=cached.parent)
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
         os.replace(new, cached)
@@ -79,3 +79,23 @@ def _write_cache(cached: Path, content: bytes) -> None:
         _log.warning("cache: expected to write %s, found %s; serving from memory", cached, error)
         if new:
             Path(new).unlink(missing_ok=True)
+
+
+def remove_others(manifest: Manifest, cache: Path, seconds: float) -> None:
+    """Remove what no process needs any more: files of other releases, and halves that killed ones left.
+
+    A half is one that was begun longer ago than a load may take, `seconds`.
+    """
+    needed = {manifest.files[name].sha256 for name in (MODEL, TOKENIZER)}
+    for path in cache.glob("*"):
+        try:
+            if path.name.startswith(NEW):
+                needless = time.time() - path.stat().st_mtime > 2 * seconds
+            else:
+                needless = SHA256.fullmatch(path.name) is not None and path.name not in needed
+            if needless:
+                path.unlink()
+        except FileNotFoundError:
+            pass  # another worker was faster
+        except OSError as error:
+            _log.warning("cache: expected to remove %s, found %s; it takes memory", path, error)

@@ -1,0 +1,80 @@
+"""Releases with known answers: real files and a real manifest around a model that is small enough to write by hand.
+
+A text's logit for a need is -2, and 4 more each time that the first syllable of
+the need's name stands in the text, times the release's `strength`.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from build.publish import FILES, Bucket, make_manifest, promote, publish
+from training.files import read_json, write_json
+
+DATA = Path("training/data")
+LABELS = read_json(Path(__file__).parent.parent / DATA / "labels.json")
+NAMES = [label["name"] for label in LABELS]
+MAX_TOKENS = 64
+
+
+def make_tokenizer() -> Tokenizer:
+    """A token a character; what is no need's first syllable is unknown."""
+    words = ["<unk>", "<s>", "</s>", *(name[0] for name in NAMES)]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return tokenizer
+
+
+def make_model(strength: float) -> bytes:
+    """Sum a row of logits a token: int64 [1, T] to float32 [1, L]."""
+    table = np.zeros((3 + len(NAMES), len(NAMES)), np.float32)
+    table[1] = -2 * strength  # every text has one <s>
+    table[3:] = 4 * strength * np.eye(len(NAMES))
+    nodes = [
+        helper.make_node("Gather", ["table", "input_ids"], ["rows"]),  # [1, T, L]
+        helper.make_node("ReduceSum", ["rows", "axis"], ["logits"], keepdims=0),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "known",
+        [helper.make_tensor_value_info("input_ids", TensorProto.INT64, [1, "tokens"])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, len(NAMES)])],
+        [numpy_helper.from_array(table, "table"), numpy_helper.from_array(np.array([1]), "axis")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9).SerializeToString()
+
+
+def score_known(text: str, strength: float = 1.0) -> dict[str, float]:
+    """What a known release answers to a text of one window."""
+    logits = {name: strength * (4 * text.count(name[0]) - 2) for name in NAMES}
+    return {name: round(1 / (1 + math.exp(-logit)), 4) for name, logit in logits.items()}
+
+
+def write_known(folder: Path, strength: float = 1.0) -> bytes:
+    """The files of a release, and its manifest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        (folder / name).write_text(f"{name} {strength}", "utf-8")
+    (folder / "model.onnx").write_bytes(make_model(strength))
+    make_tokenizer().save(str(folder / "tokenizer.json"))
+    made = {"labels": LABELS, "max_tokens": MAX_TOKENS, "prefix": "", "provenance": {"base": "known"}}
+    verified = {"thresholds": [0.5] * len(LABELS), "flips": 0.0, "logit_difference": 0.0}
+    write_json(folder / "metrics.json", {"export": made, "verification": verified})
+    return make_manifest(folder, DATA, "build", "commit")
+
+
+def release_known(uri: str, folder: Path, strength: float = 1.0) -> str:
+    """Publish a known release and make it the current one."""
+    bucket = Bucket(uri)
+    release = publish(bucket, folder, write_known(folder, strength))
+    promote(bucket, release)
+    return release
