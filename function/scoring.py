@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from function.classifier import Windows
 from function.dialects import Query, Scored, find_needs, render_answer, round_probabilities
 from function.errors import InvalidInput
 from function.explain import explain
@@ -15,7 +16,7 @@ def answer_query(query: Query, served: Served, serving: Serving, timing: Timing)
     Raises InvalidInput for too many windows in all, Overloaded where the process must stop first.
     """
     with timing.add("tokenize"):
-        split = [None if text is None else served.classifier.split(text) for text in query.texts]
+        split = [_split(text, served, serving) for text in query.texts]
     windows = sum(len(one.ids) for one in split if one)
     if windows > MAX_WINDOWS_A_REQUEST and query.member != "calls":  # a refused call would end a whole SQL query
         limit = f"expected at most {MAX_WINDOWS_A_REQUEST} windows of {served.manifest.max_tokens} tokens in all"
@@ -32,6 +33,11 @@ def answer_query(query: Query, served: Served, serving: Serving, timing: Timing)
         with timing.add("explain"):
             answer["explanation"] = _explain(str(query.texts[0]), probabilities, query.threshold, served, serving)
     return answer
+
+
+def _split(text: str | None, served: Served, serving: Serving) -> Windows | None:
+    serving.check_time_left()
+    return None if text is None else served.classifier.split(text)
 
 
 def _explain(

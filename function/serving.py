@@ -39,7 +39,7 @@ REFRESH_WAIT_SECONDS = 5.0
 """How long the request that looks for a newer release waits for it."""
 LONGEST_BACKOFF = 16
 """Times REFRESH_SECONDS, after looks that failed in transport."""
-DRAIN_SECONDS = 8.0
+DRAIN_SECONDS = 7.0
 """From SIGTERM to giving up what is not done: Cloud Run kills after 10."""
 _log = logging.getLogger("needs")
 
@@ -147,13 +147,13 @@ class Serving:
     def infer(self, classifier: "Classifier", windows: "Windows", timing: Timing) -> "np.ndarray":
         """float32 [L] probabilities of a text; a slot is taken for each window, so that short texts get between.
 
-        Raises Overloaded where the process has been told to stop and its time is up.
+        Raises Overloaded where the process must stop first.
         """
         from function.classifier import combine
 
         logits = []
         for ids in windows.ids:
-            self._check_time_left()
+            self.check_time_left()
             with timing.add("queue"):
                 self._slots.acquire()
             try:
@@ -163,7 +163,8 @@ class Serving:
                 self._slots.release()
         return combine(logits)
 
-    def _check_time_left(self) -> None:
+    def check_time_left(self) -> None:
+        """Raises Overloaded where the process was told to stop DRAIN_SECONDS ago."""
         worker = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)  # gunicorn's, in its worker
         if getattr(worker, "alive", True):
             return

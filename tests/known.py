@@ -69,6 +69,11 @@ def write_known(folder: Path, strength: float = 1.0) -> bytes:
     made = {"labels": LABELS, "max_tokens": MAX_TOKENS, "prefix": "", "provenance": {"base": "known"}}
     verified = {"thresholds": [0.5] * len(LABELS), "flips": 0.0, "logit_difference": 0.0}
     write_json(folder / "metrics.json", {"export": made, "verification": verified})
+    return write_manifest(folder)
+
+
+def write_manifest(folder: Path) -> bytes:
+    """The manifest of the files as they are now."""
     return make_manifest(folder, DATA, "build", "commit")
 
 
