@@ -134,7 +134,7 @@ def add_wide_branch(checkpoint: Checkpoint, train: Examples, validation: Example
     branch.weigh(deep, ngrams, validation.targets)
     checkpoint.model.wide = branch
     together = predict_logits(checkpoint, validation.texts)
-    for name, logits in (("encoder", deep), ("n-grams", ngrams), ("together", together)):
+    for name, logits in (("encoder alone", deep), ("with n-grams", together)):
         found = summarize_scores(sigmoid(logits), validation.targets)["macro_f1"]
         print(f"validation macro-F1, {name}: {found:.4f}")
 
