@@ -152,6 +152,7 @@ def test_the_keyboard_alone_is_enough(open_page):
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     expect(page.get_by_role("heading", name="드러난 욕구: 안정감")).to_be_visible()
+    expect(page.get_by_role("button", name="요즘 너무 불안하고")).to_be_hidden()  # the answer is what is read now
 
 
 def test_offsets_survive_emoji(open_page):
