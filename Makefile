@@ -5,7 +5,7 @@ RUN = .venv/bin/python
 REQUIREMENTS = requirements.txt training/requirements.txt tests/requirements.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo release serve try test check lock clean
+.PHONY: help install demo release serve try test soak check lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -33,6 +33,9 @@ try: install ## ask the current release: make try TEXT="요즘 너무 불안해"
 
 test: install ## all tests
 	$(RUN) -m pytest
+
+soak: install ## load, refreshes, hostile requests, cold start at full length: about an hour, into .local/soak.json
+	PYTHONPATH=. $(RUN) tests/soak.py
 
 check: install ## lint, types and the fast tests
 	$(RUN) -m ruff check .

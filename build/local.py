@@ -240,18 +240,24 @@ def measure_start(bucket: str, data: Path) -> None:
         first_ms = (time.monotonic() - started) * 1000
         for text in texts:
             post(address, {"text": text})
-        statuses = [path.read_text() for path in Path("/proc").glob("[0-9]*/status") if _listens(path, port)]
-    sizes = [int(match[1]) / 1024 for text in statuses if (match := re.search(r"VmRSS:\s+(\d+)", text))]
-    memory = f"{max(sizes):.0f} MB resident after 100 answers (worker)" if sizes else "memory: only on Linux"
-    console.print(f"first answer {first_ms:.0f} ms after the process's start; {memory}")
+        memory = resident_megabytes(address)
+    shown = f"{memory:.0f} MB resident after 100 answers (worker)" if memory else "memory: only on Linux"
+    console.print(f"first answer {first_ms:.0f} ms after the process's start; {shown}")
 
 
-def _listens(status: Path, port: int) -> bool:
+def resident_megabytes(address: str) -> float:
+    """What the largest of a function's processes holds, gunicorn's worker; 0 where there is no /proc."""
+    port = address.rpartition(":")[2]
+    statuses = [path.read_text() for path in Path("/proc").glob("[0-9]*/status") if _listens(path, port)]
+    return max((int(match[1]) / 1000 for text in statuses if (match := re.search(r"VmRSS:\s+(\d+)", text))), default=0)
+
+
+def _listens(status: Path, port: str) -> bool:
     try:
         command = (status.parent / "cmdline").read_bytes().split(b"\0")
     except OSError:
         return False
-    return b"--target" in command and str(port).encode() in command
+    return b"--target" in command and port.encode() in command
 
 
 def make_probe_table(probes: list[dict], scores: np.ndarray, names: list[str]) -> Table:

@@ -33,21 +33,33 @@ def make_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def make_model(strength: float) -> bytes:
-    """Sum a row of logits a token: int64 [1, T] to float32 [1, L]."""
+def make_model(strength: float, work: int = 0) -> bytes:
+    """Sum a row of logits a token: int64 [1, T] to float32 [1, L].
+
+    `work` products of [T, 512] and [512, 512], which come to nothing, take the time that a real model takes.
+    """
     table = np.zeros((3 + len(NAMES), len(NAMES)), np.float32)
     table[1] = -2 * strength  # every text has one <s>
     table[3:] = 4 * strength * np.eye(len(NAMES))
     nodes = [
         helper.make_node("Gather", ["table", "input_ids"], ["rows"]),  # [1, T, L]
-        helper.make_node("ReduceSum", ["rows", "axis"], ["logits"], keepdims=0),
+        helper.make_node("ReduceSum", ["rows", "axis"], ["sum"], keepdims=0),
+        helper.make_node("Gather", ["zeros", "input_ids"], ["x0"]),  # [1, T, 512]
+        *(helper.make_node("MatMul", [f"x{i}", "square"], [f"x{i + 1}"]) for i in range(work)),
+        helper.make_node("ReduceSum", [f"x{work}"], ["nothing"], keepdims=0),
+        helper.make_node("Add", ["sum", "nothing"], ["logits"]),
     ]
     graph = helper.make_graph(
         nodes,
         "known",
         [helper.make_tensor_value_info("input_ids", TensorProto.INT64, [1, "tokens"])],
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, len(NAMES)])],
-        [numpy_helper.from_array(table, "table"), numpy_helper.from_array(np.array([1]), "axis")],
+        [
+            numpy_helper.from_array(table, "table"),
+            numpy_helper.from_array(np.array([1]), "axis"),
+            numpy_helper.from_array(np.zeros((len(table), 512), np.float32), "zeros"),
+            numpy_helper.from_array(np.zeros((512, 512), np.float32), "square"),
+        ],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9).SerializeToString()
 

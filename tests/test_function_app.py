@@ -2,7 +2,10 @@
 
 import json
 import re
+import subprocess
+import sys
 import uuid
+from pathlib import Path
 
 import openapi_spec_validator
 import pytest
@@ -172,6 +175,15 @@ def test_the_openapi_document_is_valid(address):
     assert document["openapi"] == "3.1.0"
     openapi_spec_validator.validate(document)
     assert document["components"]["schemas"]["TextsRequest"]["properties"]["texts"]["maxItems"] == 3
+
+
+@pytest.mark.slow
+def test_schemathesis_finds_nothing(address):
+    schemathesis = Path(sys.executable).with_name("schemathesis")
+    command = [str(schemathesis), "run", f"{address}/openapi.json", "--checks", "all", "--max-examples", "200"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout
+    assert "No issues found" in done.stdout
 
 
 def test_an_allowed_origin_may_ask_and_no_other(address):
