@@ -249,7 +249,8 @@ def resident_megabytes(address: str) -> float:
     """What the largest of a function's processes holds, gunicorn's worker; 0 where there is no /proc."""
     port = address.rpartition(":")[2]
     statuses = [path.read_text() for path in Path("/proc").glob("[0-9]*/status") if _listens(path, port)]
-    return max((int(match[1]) / 1000 for text in statuses if (match := re.search(r"VmRSS:\s+(\d+)", text))), default=0)
+    kibibytes = [int(match[1]) for text in statuses if (match := re.search(r"VmRSS:\s+(\d+)", text))]
+    return max(kibibytes, default=0) * 1024 / 1e6
 
 
 def _listens(status: Path, port: str) -> bool:

@@ -35,6 +35,7 @@ class Classifier:
         self._session = onnxruntime.InferenceSession(
             model, sess_options=_session_options(threads), providers=["CPUExecutionProvider"]
         )
+        self._session._model_bytes = None  # kept for other providers to fall back from: 26 MB for nothing
         self._tokenizer = Tokenizer.from_str(tokenizer.decode())
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
