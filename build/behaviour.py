@@ -22,7 +22,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from build.quantize import INT8
-from function.classifier import Classifier
+from function.classifier import Classifier, combine
 from function.explain import explain, list_spans
 from training.evaluate import HALF, sigmoid, summarize_scores
 from training.examples import Examples, read_dataset
@@ -36,6 +36,7 @@ MAX_WINDOWS = 32
 LEFT_OUT = 2
 
 COMBINATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "mean odds": lambda logits: combine(list(logits)),
     "highest": lambda logits: sigmoid(logits.max(0)),
     "mean logit": lambda logits: sigmoid(logits.mean(0)),
     "any (noisy or)": lambda logits: 1 - np.prod(1 - sigmoid(logits), axis=0),
@@ -74,8 +75,8 @@ def compare_windows(folder: Path, examples: Examples) -> dict[tuple[int, str], f
             np.stack([model.run(ids) for ids in model.split(text).ids])  # [W, L]
             for text in tqdm(examples.texts, f"windows of {tokens}", leave=False)
         ]
-        for name, combine in COMBINATIONS.items():
-            scores = np.stack([combine(windows) for windows in logits])
+        for name, unite in COMBINATIONS.items():
+            scores = np.stack([unite(windows) for windows in logits])
             found[tokens, name] = summarize_scores(scores, examples.targets)["macro_f1"]
     return found
 

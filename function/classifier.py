@@ -3,8 +3,9 @@
 Dynamic INT8 has one activation scale a tensor, so in a batch a text's score
 would depend on its neighbours and on padding. Every text is therefore run alone
 and unpadded, and gets the same scores in any request. A text of more tokens
-than the model takes is run as overlapping windows, of which each label gets its
-highest probability: a need counts wherever in a text it is expressed.
+than the model takes is run as overlapping windows, of which each label gets the
+mean odds: a need that one window expresses clearly stays, one that a single
+window barely claims does not (`build.behaviour` measures this against others).
 """
 
 import os
@@ -68,9 +69,9 @@ class Classifier:
 
 
 def combine(logits: list[np.ndarray]) -> np.ndarray:
-    """The windows' float32 [L] logits as one text's [L] probabilities."""
-    highest: np.ndarray = np.max(logits, axis=0)  # [W, L] -> [L]
-    probabilities: np.ndarray = 0.5 * (1 + np.tanh(0.5 * highest))  # the sigmoid, without overflow
+    """The windows' float32 [L] logits as one text's [L] probabilities: those of the mean odds."""
+    mean: np.ndarray = logits[0] if len(logits) == 1 else np.logaddexp.reduce(logits) - np.log(len(logits))  # [L]
+    probabilities: np.ndarray = 0.5 * (1 + np.tanh(0.5 * mean))  # the sigmoid, without overflow
     return probabilities
 
 

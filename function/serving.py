@@ -16,11 +16,13 @@ import logging
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,8 +72,39 @@ class Timing:
         try:
             yield
         finally:
-            passed = (time.monotonic() - started) * 1000
-            self.milliseconds[part] = self.milliseconds.get(part, 0.0) + passed
+            self.note(part, started)
+
+    def note(self, part: str, started: float) -> None:
+        """Add the time since `started`, on time.monotonic."""
+        self.milliseconds[part] = self.milliseconds.get(part, 0.0) + (time.monotonic() - started) * 1000
+
+
+class Slots:
+    """So many may hold one at once; who waits longest is next.
+
+    A semaphore would be handed to whoever asks first after a release, which is
+    the very thread that released it: a short text would wait for a long one's end.
+    """
+
+    def __init__(self, count: int):
+        self._lock, self._free = threading.Lock(), count
+        self._waiting: deque[threading.Event] = deque()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._free:
+                self._free -= 1
+                return
+            turn = threading.Event()
+            self._waiting.append(turn)
+        turn.wait()
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().set()  # the slot goes on from hand to hand
+            else:
+                self._free += 1
 
 
 class Serving:
@@ -91,7 +124,7 @@ class Serving:
         self.refused: str | None = None
         """Why the newest pointer is not served."""
         self._places = threading.BoundedSemaphore(settings.max_concurrent + settings.max_queue)
-        self._slots = threading.BoundedSemaphore(settings.max_concurrent)
+        self._slots = Slots(settings.max_concurrent)
         self._stopped: float | None = None
 
     def begin_load(self) -> "Future[Served]":
@@ -154,13 +187,11 @@ class Serving:
         logits = []
         for ids in windows.ids:
             self.check_time_left()
-            with timing.add("queue"):
-                self._slots.acquire()
-            try:
+            asked = time.monotonic()
+            with self._slots:
+                timing.note("queue", asked)
                 with timing.add("infer"):
                     logits.append(classifier.run(ids))
-            finally:
-                self._slots.release()
         return combine(logits)
 
     def check_time_left(self) -> None:
@@ -174,9 +205,10 @@ class Serving:
 
     def _load(self, loading: "Future[Served]") -> None:
         """Bring the release up to date, and settle all who wait for it."""
-        started, before = time.monotonic(), self._served
+        parts, before = Timing({}), self._served
+        threading.Thread(target=import_module, args=("function.classifier",), daemon=True).start()  # beside the bucket
         try:
-            served = self._find_newest(started + self._settings.load_seconds)
+            served = self._find_newest(time.monotonic() + self._settings.load_seconds, parts)
         except BaseException as error:
             self._note_failure(error)
             with self._lock:
@@ -191,7 +223,8 @@ class Serving:
             self._loading = None
         loading.set_result(served)
         if served is not before:
-            _log.info("release %s loaded in %.0f ms", served.manifest.release, (time.monotonic() - started) * 1000)
+            took = {"milliseconds": {name: round(ms, 2) for name, ms in parts.milliseconds.items()}}
+            _log.info("release %s loaded", served.manifest.release, extra={"known": took})
             remove_others(served.manifest, Path(self._settings.cache_dir), self._settings.load_seconds)
 
     def _note_failure(self, error: BaseException) -> None:
@@ -203,16 +236,18 @@ class Serving:
             wait = self._settings.refresh_seconds * min(2**self._failures, LONGEST_BACKOFF)
             self._next_check, self._failures = time.monotonic() + wait, self._failures + 1
 
-    def _find_newest(self, deadline: float) -> Served:
+    def _find_newest(self, deadline: float, parts: Timing) -> Served:
         """What the pointer, or RELEASE, names; what is served already where that is the same.
 
         Raises ReleaseRefused or ReleaseUnavailable.
         """
         if self._settings.release != "current":
-            manifest = read_manifest(self._read, check_release_name(self._settings.release), None, deadline)
+            with parts.add("manifest"):
+                manifest = read_manifest(self._read, check_release_name(self._settings.release), None, deadline)
             self.checked = _now()
-            return self._load_release(manifest, None, deadline)
-        stored = self._read("current.json", deadline)
+            return self._load_release(manifest, None, deadline, parts)
+        with parts.add("pointer"):
+            stored = self._read("current.json", deadline)
         self.checked = _now()
         if stored == self._refused_pointer:
             raise ReleaseRefused(self.refused or "")
@@ -220,16 +255,21 @@ class Serving:
             pointer = parse_pointer(stored)
             if self._served and not _is_newer(pointer, self._served):
                 return self._served
-            manifest = read_manifest(self._read, pointer.release, pointer.manifest_sha256, deadline)
-            return self._load_release(manifest, pointer, deadline)
+            with parts.add("manifest"):
+                manifest = read_manifest(self._read, pointer.release, pointer.manifest_sha256, deadline)
+            return self._load_release(manifest, pointer, deadline, parts)
         except ReleaseRefused:
             self._refused_pointer = stored
             raise
 
-    def _load_release(self, manifest: Manifest, pointer: Pointer | None, deadline: float) -> Served:
+    def _load_release(self, manifest: Manifest, pointer: Pointer | None, deadline: float, parts: Timing) -> Served:
         """Fetch, verify, load and warm a release."""
-        files = fetch_files(self._read, manifest, Path(self._settings.cache_dir), deadline)
-        return Served(manifest, _make_classifier(files, manifest, self._settings), pointer)
+        with parts.add("files"):
+            files = fetch_files(self._read, manifest, Path(self._settings.cache_dir), deadline)
+        with parts.add("imports"):
+            import_module("function.classifier")
+        with parts.add("session"):
+            return Served(manifest, _make_classifier(files, manifest, self._settings), pointer)
 
 
 def _is_newer(pointer: Pointer, served: Served) -> bool:

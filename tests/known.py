@@ -70,12 +70,12 @@ def score_known(text: str, strength: float = 1.0) -> dict[str, float]:
     return {name: round(1 / (1 + math.exp(-logit)), 4) for name, logit in logits.items()}
 
 
-def write_known(folder: Path, strength: float = 1.0) -> bytes:
+def write_known(folder: Path, strength: float = 1.0, work: int = 0) -> bytes:
     """The files of a release, and its manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         (folder / name).write_text(f"{name} {strength}", "utf-8")
-    (folder / "model.onnx").write_bytes(make_model(strength))
+    (folder / "model.onnx").write_bytes(make_model(strength, work))
     make_tokenizer().save(str(folder / "tokenizer.json"))
     made = {"labels": LABELS, "max_tokens": MAX_TOKENS, "prefix": "", "provenance": {"base": "known"}}
     verified = {"thresholds": [0.5] * len(LABELS), "flips": 0.0, "logit_difference": 0.0}
@@ -88,9 +88,9 @@ def write_manifest(folder: Path) -> bytes:
     return make_manifest(folder, DATA, "build", "commit")
 
 
-def release_known(uri: str, folder: Path, strength: float = 1.0) -> str:
+def release_known(uri: str, folder: Path, strength: float = 1.0, work: int = 0) -> str:
     """Publish a known release and make it the current one."""
     bucket = Bucket(uri)
-    release = publish(bucket, folder, write_known(folder, strength))
+    release = publish(bucket, folder, write_known(folder, strength, work))
     promote(bucket, release)
     return release

@@ -351,11 +351,14 @@ def prove_cold_start(bucket: str, uri: str, runs: int, folder: Path) -> dict:
     write_plain_checkpoint(folder)
     ours = {"MODEL_URI": uri, "STORAGE_EMULATOR_HOST": bucket}
     twins = str(ROOT / "tests" / "twins")
+    our_main = str(ROOT / "main.py")
+
+    def measure_ours(settings: dict[str, str], prefix: list[str]) -> float:
+        return measure_first_answer(our_main, {**settings, "CACHE_DIR": str(fresh(folder))}, prefix, FIRST)
+
     kinds: dict[str, Callable[[], float]] = {
         "hello": lambda: measure_first_answer(f"{twins}/hello.py", {}, [], {}),
-        "ours": lambda: measure_first_answer(
-            str(ROOT / "main.py"), {**ours, "CACHE_DIR": str(fresh(folder))}, [], FIRST
-        ),
+        "ours": lambda: measure_ours(ours, []),
         "plain": lambda: measure_first_answer(f"{twins}/plain.py", {"CHECKPOINT": str(folder)}, [], FIRST),
     }
     took: dict[str, list[float]] = {kind: [] for kind in kinds}
@@ -366,8 +369,7 @@ def prove_cold_start(bucket: str, uri: str, runs: int, folder: Path) -> dict:
     distant, rounds = [], []
     for _ in range(max(1, runs // 3)):
         with run_proxy(bucket, delay_seconds=0.025, bytes_per_second=50e6) as proxy:
-            far = {**ours, "STORAGE_EMULATOR_HOST": proxy.address, "CACHE_DIR": str(fresh(folder))}
-            distant.append(measure_first_answer(main, far, ["taskset", "-c", "0"], FIRST))
+            distant.append(measure_ours({**ours, "STORAGE_EMULATOR_HOST": proxy.address}, ["taskset", "-c", "0"]))
             rounds.append(proxy.count_in_a_row())
     return {
         "runs": runs,

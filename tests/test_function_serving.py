@@ -277,6 +277,52 @@ def test_two_workers_may_start_at_once_on_one_cache(place, tmp_path):
     assert answers == [answers[0]] * 20
 
 
+@pytest.fixture
+def busy(bucket, tmp_path):
+    """A function that infers one window at a time, each some 30 ms long, with room for two waiting requests."""
+    uri = f"gs://{local.BUCKET}/{uuid.uuid4().hex}"
+    release_known(uri, tmp_path / "release", work=60)
+    settings = {"MODEL_URI": uri, "CACHE_DIR": str(tmp_path / "cache"), "INFERENCE_THREADS": "1", "MAX_CONCURRENT": "1"}
+    with local.run_function(bucket, environment={**settings, "THREADS": "16"}) as address:
+        requests.get(f"{address}/ready", timeout=30)
+        yield address
+
+
+def test_a_short_request_gets_between_a_long_ones_windows(busy):
+    times = {}
+
+    def ask(name, body):
+        began = time.monotonic()
+        assert requests.post(busy, json=body, timeout=60).status_code == 200
+        times[name] = time.monotonic() - began
+
+    long = threading.Thread(target=ask, args=("long", {"texts": ["가 " * 200] * 10}))
+    long.start()
+    time.sleep(0.2)
+    ask("short", {"text": "가"})
+    long.join()
+    assert times["short"] < times["long"] / 4
+
+
+def test_beyond_the_queue_a_request_is_refused_at_once(busy):
+    body = {"texts": ["가 " * 200] * 5}
+    waiting = [threading.Thread(target=requests.post, args=(busy,), kwargs={"json": body}) for _ in range(3)]
+    for thread in waiting:
+        thread.start()
+    time.sleep(0.3)
+    began = time.monotonic()
+    native = requests.post(busy, json={"text": "가"}, timeout=30)
+    call = requests.post(busy, json={"calls": [["가"]]}, timeout=30)
+    took = time.monotonic() - began
+    for thread in waiting:
+        thread.join()
+    assert (native.status_code, native.headers["Retry-After"]) == (503, "1")
+    assert native.headers["Content-Type"] == "application/problem+json"
+    assert (call.status_code, call.headers["Retry-After"]) == (503, "1")
+    assert "queue" in call.json()["errorMessage"]
+    assert took < 0.5
+
+
 def test_sigterm_lets_a_request_end(place, tmp_path):
     settings = {"MODEL_URI": place.uri, "CACHE_DIR": str(tmp_path)}
     body = json.dumps({"text": TEXT}).encode()

@@ -1,5 +1,9 @@
 import hashlib
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -7,7 +11,7 @@ from function.errors import ReleaseRefused, ReleaseUnavailable, SettingError
 from function.manifest import MODEL, TOKENIZER, File, Manifest
 from function.readers import open_reader
 from function.settings import read_settings
-from function.store import fetch_files
+from function.store import fetch_files, remove_others
 
 CONTENT = {MODEL: b"model", TOKENIZER: b"tokenizer"}
 RELEASE = "20260101T000000Z-0123456789ab"
@@ -49,6 +53,39 @@ def test_a_damaged_cache_is_fetched_again(folder, tmp_path):
 def test_a_cache_that_cannot_be_written_is_served_from_memory(folder, tmp_path):
     (tmp_path / "file").write_text("in the way")
     assert fetch(folder, tmp_path / "file" / "cache") == CONTENT
+
+
+def test_a_full_disk_is_served_from_memory_and_nothing_is_left_there(folder, tmp_path):
+    """A process that may write no byte to a file, as on a full disk."""
+    script = f"""
+import resource, sys
+sys.path[:0] = {sys.path!r}
+from pathlib import Path
+from test_function_store import CONTENT, fetch
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+assert fetch(Path({str(folder)!r}), Path({str(tmp_path / "cache")!r})) == CONTENT
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "serving from memory" in done.stderr
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_read_only_place_is_served_from_memory(folder):
+    assert fetch(folder, Path("/proc/needs")) == CONTENT
+
+
+def test_what_a_killed_process_left_half_written_goes_once_it_is_old(folder, tmp_path):
+    cache = tmp_path / "cache"
+    fetch(folder, cache)
+    for name, age in ((".new-old", 100), (".new-young", 0)):
+        (cache / name).write_bytes(b"half")
+        os.utime(cache / name, (time.time() - age,) * 2)
+    other = cache / ("0" * 64)
+    other.write_bytes(b"of another release")
+    remove_others(make_manifest(), cache, seconds=30)
+    kept = {hashlib.sha256(content).hexdigest() for content in CONTENT.values()}
+    assert {path.name for path in cache.iterdir()} == kept | {".new-young"}
 
 
 @pytest.mark.parametrize("stored", [b"modem", b"mode", b""])

@@ -37,11 +37,16 @@ def test_a_text_gets_its_scores_and_release(address):
     assert {"X-Request-Id", "Server-Timing", "X-Content-Type-Options"} <= set(response.headers)
 
 
-def test_a_text_scores_the_same_alone_and_among_others(address):
+def test_a_text_scores_the_same_alone_and_in_any_request(address):
     texts = ["우리 팀", "혼자 싫 다 정말 정말 정말", "좋"]
+
+    def ask(body, member):
+        return [result["scores"] for result in requests.post(address, json=body, timeout=30).json()[member]]
+
     alone = [requests.post(address, json={"text": text}, timeout=30).json()["scores"] for text in texts]
-    together = requests.post(address, json={"texts": texts}, timeout=30).json()["results"]
-    assert [result["scores"] for result in together] == alone
+    assert ask({"texts": texts}, "results") == alone
+    assert ask({"instances": texts}, "predictions") == alone
+    assert ask({"calls": [[text] for text in texts]}, "replies") == alone
 
 
 def test_a_decomposed_text_scores_as_the_composed_one(address):

@@ -2,7 +2,7 @@
 
 import pytest
 import soak
-from known import LABELS, MAX_TOKENS, make_model, write_known
+from known import LABELS, MAX_TOKENS, write_known
 
 pytestmark = pytest.mark.slow
 
@@ -13,8 +13,7 @@ TEXTS = ["안녕 " * 3, "공평하게 나누었다", "오늘은 아무 일도 �
 @pytest.fixture(scope="module")
 def proofs(tmp_path_factory, bucket):
     folder = tmp_path_factory.mktemp("soak")
-    write_known(folder / "release")
-    (folder / "release" / "model.onnx").write_bytes(make_model(1.0, work=200))
+    write_known(folder / "release", work=20)
     return soak.run_proofs(folder, {"labels": LABELS, "max_tokens": MAX_TOKENS, "prefix": ""}, TEXTS, SHARE)
 
 
