@@ -81,6 +81,7 @@ def _session_options(threads: int) -> onnxruntime.SessionOptions:
     options.inter_op_num_threads = 1
     options.enable_cpu_mem_arena = False  # the arena grows with every new length and never shrinks
     options.enable_mem_pattern = False  # a plan a length: worth nothing where every text has another
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # `build.quantize` did it
     options.log_severity_level = 4  # errors are raised; a log line must be JSON
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options

@@ -7,13 +7,14 @@ BigQuery with `{"calls": [["…"], …]}` (https://cloud.google.com/bigquery/doc
 """
 
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from function.errors import InvalidInput
 from function.manifest import Label
 from function.settings import Settings
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MEMBERS = ("text", "texts", "instances", "calls")
 """Exactly one of these is in a body, and names its dialect."""
@@ -171,6 +172,6 @@ def find_needs(probabilities: list[float], labels: tuple[Label, ...], threshold:
     return sorted(over, key=lambda i: -probabilities[i])
 
 
-def round_probabilities(probabilities: np.ndarray) -> list[float]:
+def round_probabilities(probabilities: "np.ndarray") -> list[float]:
     """float32 [L] to what is compared with thresholds and sent."""
     return [round(float(p), 4) for p in probabilities]

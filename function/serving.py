@@ -30,7 +30,7 @@ from function.errors import NeedsError, Overloaded, ReleaseRefused, ReleaseUnava
 from function.manifest import MODEL, TOKENIZER, Manifest, Pointer, check_release_name, parse_pointer
 from function.readers import open_reader
 from function.settings import Settings
-from function.store import fetch_files, read_manifest, remove_others
+from function.store import fetch_files, keep_files, read_manifest, remove_others
 
 if TYPE_CHECKING:
     import numpy as np
@@ -225,7 +225,6 @@ class Serving:
         if served is not before:
             took = {"milliseconds": {name: round(ms, 2) for name, ms in parts.milliseconds.items()}}
             _log.info("release %s loaded", served.manifest.release, extra={"known": took})
-            remove_others(served.manifest, Path(self._settings.cache_dir), self._settings.load_seconds)
 
     def _note_failure(self, error: BaseException) -> None:
         """A refused pointer waits for the next one; what failed in transport is tried again, ever less often."""
@@ -269,7 +268,14 @@ class Serving:
         with parts.add("imports"):
             import_module("function.classifier")
         with parts.add("session"):
-            return Served(manifest, _make_classifier(files, manifest, self._settings), pointer)
+            served = Served(manifest, _make_classifier(files, manifest, self._settings), pointer)
+        threading.Thread(target=self._tidy_cache, args=(files, manifest), daemon=True).start()  # no answer waits for it
+        return served
+
+    def _tidy_cache(self, files: dict[str, bytes], manifest: Manifest) -> None:
+        cache = Path(self._settings.cache_dir)
+        keep_files(files, manifest, cache)
+        remove_others(manifest, cache, self._settings.load_seconds)
 
 
 def _is_newer(pointer: Pointer, served: Served) -> bool:

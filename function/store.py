@@ -36,7 +36,10 @@ def read_manifest(read: Read, release: str, sha256: str | None, deadline: float)
 
 
 def fetch_files(read: Read, manifest: Manifest, cache: Path, deadline: float) -> dict[str, bytes]:
-    """The two files that the function needs, from the cache or, both at once, from the bucket."""
+    """The two files that the function needs, from the cache or, both at once, from the bucket.
+
+    Raises ReleaseRefused for other content than the manifest's, ReleaseUnavailable where there is none.
+    """
 
     def fetch(name: str) -> bytes:
         return _fetch_file(read, f"releases/{manifest.release}/{name}", manifest.files[name], cache, deadline)
@@ -52,13 +55,13 @@ def _fetch_file(read: Read, name: str, file: File, cache: Path, deadline: float)
         if _is_whole(content, file):
             return content
         _log.warning("%s: not what was written there; fetching it again", cached)
+        cached.unlink(missing_ok=True)
     except OSError:
         pass  # not cached yet
     content = read(name, deadline)
     if not _is_whole(content, file):
         found = f"{len(content)} bytes, sha256 {hashlib.sha256(content).hexdigest()}"
         raise ReleaseRefused(f"{name}: expected {file.bytes} bytes, sha256 {file.sha256}, found {found}; publish again")
-    _write_cache(cached, content)
     return content
 
 
@@ -66,8 +69,15 @@ def _is_whole(content: bytes, file: File) -> bool:
     return len(content) == file.bytes and hashlib.sha256(content).hexdigest() == file.sha256
 
 
+def keep_files(files: dict[str, bytes], manifest: Manifest, cache: Path) -> None:
+    """Keep copies for the next process; memory serves where there is no room."""
+    for name, content in files.items():
+        cached = cache / manifest.files[name].sha256
+        if not cached.exists():
+            _write_cache(cached, content)
+
+
 def _write_cache(cached: Path, content: bytes) -> None:
-    """Keep a copy for the next process; memory serves where there is no room."""
     new = None
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)

@@ -333,8 +333,8 @@ def measure_first_answer(source: str, environment: dict[str, str], prefix: list[
         process.wait(15)
 
 
-def write_plain_checkpoint(folder: Path) -> None:
-    """DistilBERT-multilingual's architecture with random weights, and a tokenizer of its kind."""
+def upload_plain_checkpoint(folder: Path) -> None:
+    """DistilBERT-multilingual's architecture with random weights, and a tokenizer of its kind, into the bucket."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
@@ -344,11 +344,14 @@ def write_plain_checkpoint(folder: Path) -> None:
     config = DistilBertConfig(vocab_size=119547, num_labels=len(LABELS))
     DistilBertForSequenceClassification(config).save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
+    bucket = Bucket(f"gs://{local.BUCKET}/plain")
+    for path in folder.iterdir():
+        bucket.write(path.name, path.read_bytes(), generation=0)
 
 
 def prove_cold_start(bucket: str, uri: str, runs: int, folder: Path) -> dict:
     """Medians of first answers, the three functions in turn, and ours before a distant bucket on one CPU."""
-    write_plain_checkpoint(folder)
+    upload_plain_checkpoint(folder / "plain")
     ours = {"MODEL_URI": uri, "STORAGE_EMULATOR_HOST": bucket}
     twins = str(ROOT / "tests" / "twins")
     our_main = str(ROOT / "main.py")
@@ -359,7 +362,7 @@ def prove_cold_start(bucket: str, uri: str, runs: int, folder: Path) -> dict:
     kinds: dict[str, Callable[[], float]] = {
         "hello": lambda: measure_first_answer(f"{twins}/hello.py", {}, [], {}),
         "ours": lambda: measure_ours(ours, []),
-        "plain": lambda: measure_first_answer(f"{twins}/plain.py", {"CHECKPOINT": str(folder)}, [], FIRST),
+        "plain": lambda: measure_first_answer(f"{twins}/plain.py", {**ours, "BUCKET": local.BUCKET}, [], FIRST),
     }
     took: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(runs):
@@ -399,10 +402,22 @@ def copy_current(folder: Path) -> dict:
     return {"labels": labels, "max_tokens": manifest["max_tokens"], "prefix": manifest["prefix"]}
 
 
+@contextmanager
+def use_bucket(address: str) -> Iterator[None]:
+    """Clients of this process ask this server."""
+    before = os.environ.get("STORAGE_EMULATOR_HOST")
+    os.environ["STORAGE_EMULATOR_HOST"] = address
+    try:
+        yield
+    finally:
+        os.environ.pop("STORAGE_EMULATOR_HOST")
+        if before:
+            os.environ["STORAGE_EMULATOR_HOST"] = before
+
+
 def run_proofs(folder: Path, shape: dict, texts: list[str], share: float, only: str = "") -> dict:
     """Each proof at a share of its full length, on a bucket and function processes of its own."""
-    with local.run_bucket(folder / "bucket") as bucket:
-        os.environ["STORAGE_EMULATOR_HOST"] = bucket
+    with local.run_bucket(folder / "bucket") as bucket, use_bucket(bucket):
         uri = f"gs://{local.BUCKET}/soak"
         releases = publish_pair(uri, folder / "release", shape)
         common = {"MODEL_URI": uri, "THREADS": "64", "GUNICORN_LOG_LEVEL": "critical"}

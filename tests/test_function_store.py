@@ -11,7 +11,7 @@ from function.errors import ReleaseRefused, ReleaseUnavailable, SettingError
 from function.manifest import MODEL, TOKENIZER, File, Manifest
 from function.readers import open_reader
 from function.settings import read_settings
-from function.store import fetch_files, remove_others
+from function.store import fetch_files, keep_files, remove_others
 
 CONTENT = {MODEL: b"model", TOKENIZER: b"tokenizer"}
 RELEASE = "20260101T000000Z-0123456789ab"
@@ -32,9 +32,10 @@ def make_manifest() -> Manifest:
 
 
 def fetch(folder, cache):
-    return fetch_files(
-        open_reader(f"file://{str(folder).replace(' ', '%20')}/"), make_manifest(), cache, time.monotonic() + 5
-    )
+    read = open_reader(f"file://{str(folder).replace(' ', '%20')}/")
+    files = fetch_files(read, make_manifest(), cache, time.monotonic() + 5)
+    keep_files(files, make_manifest(), cache)
+    return files
 
 
 def test_files_are_cached_by_their_hash_and_read_from_there(folder, tmp_path):
