@@ -12,6 +12,7 @@ one assignment, once it has been verified and has answered; a request keeps the
 one that it began with.
 """
 
+import ctypes
 import logging
 import signal
 import threading
@@ -41,8 +42,11 @@ REFRESH_WAIT_SECONDS = 5.0
 """How long the request that looks for a newer release waits for it."""
 LONGEST_BACKOFF = 16
 """Times REFRESH_SECONDS, after looks that failed in transport."""
+M_ARENA_MAX = -8
+"""From malloc.h."""
 DRAIN_SECONDS = 7.0
 """From SIGTERM to giving up what is not done: Cloud Run kills after 10."""
+_MALLOPT, _TRIM = (getattr(ctypes.CDLL(None), name, None) for name in ("mallopt", "malloc_trim"))  # glibc's alone
 _log = logging.getLogger("needs")
 
 
@@ -111,6 +115,8 @@ class Serving:
     """Loads the release, keeps it fresh and runs it for as many requests as the settings allow."""
 
     def __init__(self, settings: Settings):
+        if _MALLOPT:
+            _MALLOPT(M_ARENA_MAX, 1)  # one for all threads: glibc makes one for each, and each keeps what it once held
         self._settings = settings
         self._read = open_reader(settings.model_uri)
         self._lock = threading.Lock()
@@ -205,10 +211,10 @@ class Serving:
 
     def _load(self, loading: "Future[Served]") -> None:
         """Bring the release up to date, and settle all who wait for it."""
-        parts, before = Timing({}), self._served
+        parts, fetched = Timing({}), dict[str, bytes]()
         threading.Thread(target=import_module, args=("function.classifier",), daemon=True).start()  # beside the bucket
         try:
-            served = self._find_newest(time.monotonic() + self._settings.load_seconds, parts)
+            served = self._find_newest(time.monotonic() + self._settings.load_seconds, parts, fetched)
         except BaseException as error:
             self._note_failure(error)
             with self._lock:
@@ -222,9 +228,10 @@ class Serving:
         with self._lock:
             self._loading = None
         loading.set_result(served)
-        if served is not before:
+        if fetched:
             took = {"milliseconds": {name: round(ms, 2) for name, ms in parts.milliseconds.items()}}
             _log.info("release %s loaded", served.manifest.release, extra={"known": took})
+            self._tidy(served.manifest, fetched)  # now that no answer waits for it
 
     def _note_failure(self, error: BaseException) -> None:
         """A refused pointer waits for the next one; what failed in transport is tried again, ever less often."""
@@ -235,16 +242,17 @@ class Serving:
             wait = self._settings.refresh_seconds * min(2**self._failures, LONGEST_BACKOFF)
             self._next_check, self._failures = time.monotonic() + wait, self._failures + 1
 
-    def _find_newest(self, deadline: float, parts: Timing) -> Served:
+    def _find_newest(self, deadline: float, parts: Timing, fetched: dict[str, bytes]) -> Served:
         """What the pointer, or RELEASE, names; what is served already where that is the same.
 
+        Notes the time of each part, and the files of a release that was not served yet.
         Raises ReleaseRefused or ReleaseUnavailable.
         """
         if self._settings.release != "current":
             with parts.add("manifest"):
                 manifest = read_manifest(self._read, check_release_name(self._settings.release), None, deadline)
             self.checked = _now()
-            return self._load_release(manifest, None, deadline, parts)
+            return self._load_release(manifest, None, deadline, parts, fetched)
         with parts.add("pointer"):
             stored = self._read("current.json", deadline)
         self.checked = _now()
@@ -256,26 +264,30 @@ class Serving:
                 return self._served
             with parts.add("manifest"):
                 manifest = read_manifest(self._read, pointer.release, pointer.manifest_sha256, deadline)
-            return self._load_release(manifest, pointer, deadline, parts)
+            return self._load_release(manifest, pointer, deadline, parts, fetched)
         except ReleaseRefused:
             self._refused_pointer = stored
             raise
 
-    def _load_release(self, manifest: Manifest, pointer: Pointer | None, deadline: float, parts: Timing) -> Served:
+    def _load_release(
+        self, manifest: Manifest, pointer: Pointer | None, deadline: float, parts: Timing, fetched: dict[str, bytes]
+    ) -> Served:
         """Fetch, verify, load and warm a release."""
         with parts.add("files"):
-            files = fetch_files(self._read, manifest, Path(self._settings.cache_dir), deadline)
+            fetched |= fetch_files(self._read, manifest, Path(self._settings.cache_dir), deadline)
         with parts.add("imports"):
             import_module("function.classifier")
         with parts.add("session"):
-            served = Served(manifest, _make_classifier(files, manifest, self._settings), pointer)
-        threading.Thread(target=self._tidy_cache, args=(files, manifest), daemon=True).start()  # no answer waits for it
-        return served
+            return Served(manifest, _make_classifier(fetched, manifest, self._settings), pointer)
 
-    def _tidy_cache(self, files: dict[str, bytes], manifest: Manifest) -> None:
+    def _tidy(self, manifest: Manifest, fetched: dict[str, bytes]) -> None:
+        """Write the cache, and give back what loading and the release before took of disk and memory."""
         cache = Path(self._settings.cache_dir)
-        keep_files(files, manifest, cache)
+        keep_files(fetched, manifest, cache)
+        fetched.clear()
         remove_others(manifest, cache, self._settings.load_seconds)
+        if _TRIM:
+            _TRIM(0)
 
 
 def _is_newer(pointer: Pointer, served: Served) -> bool:
