@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from build.export import FP32
@@ -68,6 +69,7 @@ def verify(folder: Path, dataset: Dataset, bounds: dict[str, float]) -> dict:
         "recipe": RECIPE,
         "fused_nodes": made["fused_nodes"],
         "latency_ms": measure_latency(fp32, int8, known.test.texts),
+        "tokenizer_ms": measure_tokenizer(folder / "tokenizer.json"),
         "thresholds": [HALF] * len(labels),
     }
     if matched:
@@ -103,6 +105,16 @@ def measure_latency(fp32: Classifier, int8: Classifier, texts: list[str], runs: 
             classifier.score(text)
             times[name].append((time.perf_counter() - started) * 1000)
     return {name: round(float(np.median(values)), 2) for name, values in times.items()}
+
+
+def measure_tokenizer(path: Path, runs: int = 5) -> float:
+    """Median milliseconds to load the tokenizer."""
+    content, times = path.read_text("utf-8"), []
+    for _ in range(runs):
+        started = time.perf_counter()
+        Tokenizer.from_str(content)
+        times.append((time.perf_counter() - started) * 1000)
+    return round(float(np.median(times)), 1)
 
 
 def _judge(dataset: Dataset, exact: list[np.ndarray], quantized: list[np.ndarray]) -> dict:
@@ -149,6 +161,7 @@ def main() -> None:
     write_json(args.onnx / NOTE, found)
     print(f"PyTorch to ONNX: largest logit difference {found['logit_difference']:.2e}")
     print(f"fp32 to INT8: {found['flips']:.2%} of decisions flip, {found['bytes']:,} bytes")
+    print(f"tokenizer: loads in {found['tokenizer_ms']:g} ms")
     if "int8" in found:
         print(f"macro-F1 at 0.5: fp32 {found['fp32']['macro_f1']:.4f}, INT8 {found['int8']['macro_f1']:.4f}")
 

@@ -278,7 +278,10 @@ class Serving:
         with parts.add("imports"):
             import_module("function.classifier")
         with parts.add("session"):
-            return Served(manifest, _make_classifier(fetched, manifest, self._settings), pointer)
+            classifier = _make_classifier(fetched, manifest, self._settings)
+        with parts.add("first_run"):
+            _warm(classifier, manifest)
+        return Served(manifest, classifier, pointer)
 
     def _tidy(self, manifest: Manifest, fetched: dict[str, bytes]) -> None:
         """Write the cache, and give back what loading and the release before took of disk and memory."""
@@ -306,8 +309,8 @@ def _is_newer(pointer: Pointer, served: Served) -> bool:
 def _make_classifier(files: dict[str, bytes], manifest: Manifest, settings: Settings) -> "Classifier":
     from function.classifier import Classifier
 
-    try:
-        classifier = Classifier(
+    with _refusing():
+        return Classifier(
             files[MODEL],
             files[TOKENIZER],
             prefix=manifest.prefix,
@@ -315,14 +318,25 @@ def _make_classifier(files: dict[str, bytes], manifest: Manifest, settings: Sett
             max_windows=settings.max_windows,
             threads=settings.inference_threads,
         )
-        scores = classifier.score("예열")  # the first run allocates what the later ones use
-    except MemoryError:
-        raise
-    except Exception as error:  # onnxruntime and tokenizers have no common error of their own
-        raise ReleaseRefused(f"release: expected a model that runs here, found {error!r}; publish another") from error
+
+
+def _warm(classifier: "Classifier", manifest: Manifest) -> None:
+    """Answer once: the first run allocates what the later ones use, and shows that there is a score a label."""
+    with _refusing():
+        scores = classifier.score("예열")
     if scores.shape != (len(manifest.labels),):
         raise ReleaseRefused(f"model.onnx: expected {len(manifest.labels)} scores, found {scores.shape}; publish again")
-    return classifier
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Whatever fails here is the release's fault: onnxruntime and tokenizers have no common error of their own."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ReleaseRefused(f"release: expected a model that runs here, found {error!r}; publish another") from error
 
 
 def _now() -> str:

@@ -311,13 +311,16 @@ def fresh(folder: Path) -> Path:
     return folder / f"cache-{uuid.uuid4().hex}"
 
 
-def measure_first_answer(source: str, environment: dict[str, str], prefix: list[str], body: dict) -> float:
+def measure_first_answer(
+    source: str, environment: dict[str, str], prefix: list[str], body: dict, log: Path | None = None
+) -> float:
     """Seconds from a functions-framework process's start to its first answer."""
     port = local.free_port()
     framework = str(Path(sys.executable).with_name("functions-framework"))
     command = [*prefix, framework, "--target", "needs", "--source", source, "--host", "127.0.0.1", "--port", str(port)]
+    stderr = (log or Path(os.devnull)).open("w")
     began = time.monotonic()
-    process = subprocess.Popen(command, env={**os.environ, **environment}, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env={**os.environ, **environment}, stderr=stderr)
     try:
         while time.monotonic() < began + 120:
             try:
@@ -331,6 +334,20 @@ def measure_first_answer(source: str, environment: dict[str, str], prefix: list[
     finally:
         process.terminate()
         process.wait(15)
+        stderr.close()
+
+
+def measure_seconds(command: list[str]) -> float:
+    """How long a command takes."""
+    began = time.monotonic()
+    subprocess.run(command, check=True)
+    return time.monotonic() - began
+
+
+def read_parts(log: Path) -> dict[str, float]:
+    """The milliseconds that the parts of a load took, from the function's own log."""
+    entries = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+    return next(entry["milliseconds"] for entry in entries if entry["message"].endswith(" loaded"))
 
 
 def upload_plain_checkpoint(folder: Path) -> None:
@@ -354,10 +371,13 @@ def prove_cold_start(bucket: str, uri: str, runs: int, folder: Path) -> dict:
     upload_plain_checkpoint(folder / "plain")
     ours = {"MODEL_URI": uri, "STORAGE_EMULATOR_HOST": bucket}
     twins = str(ROOT / "tests" / "twins")
-    our_main = str(ROOT / "main.py")
+    our_main, parts = str(ROOT / "main.py"), list[dict[str, float]]()
 
     def measure_ours(settings: dict[str, str], prefix: list[str]) -> float:
-        return measure_first_answer(our_main, {**settings, "CACHE_DIR": str(fresh(folder))}, prefix, FIRST)
+        log = folder / "cold.log"
+        took = measure_first_answer(our_main, {**settings, "CACHE_DIR": str(fresh(folder))}, prefix, FIRST, log)
+        parts.append(read_parts(log))
+        return took
 
     kinds: dict[str, Callable[[], float]] = {
         "hello": lambda: measure_first_answer(f"{twins}/hello.py", {}, [], {}),
@@ -369,6 +389,8 @@ def prove_cold_start(bucket: str, uri: str, runs: int, folder: Path) -> dict:
         for kind, measure in kinds.items():
             took[kind].append(measure())
     medians = {kind: statistics.median(values) for kind, values in took.items()}
+    loads = {name: statistics.median(part[name] for part in parts) for name in parts[0]}
+    bare = [measure_seconds([sys.executable, "-c", "pass"]) for _ in range(runs)]
     distant, rounds = [], []
     for _ in range(max(1, runs // 3)):
         with run_proxy(bucket, delay_seconds=0.025, bytes_per_second=50e6) as proxy:
@@ -379,6 +401,9 @@ def prove_cold_start(bucket: str, uri: str, runs: int, folder: Path) -> dict:
         **{f"{kind}_seconds": value for kind, value in medians.items()},
         "times_hello": medians["ours"] / medians["hello"],
         "times_faster_than_plain": medians["plain"] / medians["ours"],
+        "interpreter_ms": 1000 * statistics.median(bare),
+        "framework_ms": 1000 * (medians["hello"] - statistics.median(bare)),
+        "load_ms": loads,
         "distant_seconds": statistics.median(distant),
         "distant_round_trips": max(rounds),
     }
