@@ -178,10 +178,10 @@ def test_the_openapi_document_is_valid(address):
 
 
 @pytest.mark.slow
-def test_schemathesis_finds_nothing(address):
+def test_schemathesis_finds_nothing(address, tmp_path):
     schemathesis = Path(sys.executable).with_name("schemathesis")
     command = [str(schemathesis), "run", f"{address}/openapi.json", "--checks", "all", "--max-examples", "200"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     assert "No issues found" in done.stdout
 
