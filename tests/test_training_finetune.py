@@ -1,11 +1,12 @@
+import numpy as np
 import pytest
 import torch
 
 from training.bases import fetch_base
 from training.examples import read_dataset
 from training.files import read_json
-from training.finetune import finetune, freeze, parse_options
-from training.model import encoder_layers, load_checkpoint, load_encoder
+from training.finetune import _Varied, adapt, finetune, parse_options
+from training.model import encoder_layers, load_checkpoint, load_encoder, new_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -16,8 +17,8 @@ def base(tiny_bases, tmp_path):
     return tmp_path / "base"
 
 
-def train(base, data, output, seed):
-    options = parse_options(["--epochs", "1", "--seed", str(seed), "--max-tokens", "64"])
+def train(base, data, output, seed, *others):
+    options = parse_options(["--epochs", "1", "--seed", str(seed), "--max-tokens", "64", *others])
     return finetune(base, read_dataset(data), output, options)
 
 
@@ -40,8 +41,47 @@ def test_a_checkpoint_is_written_with_what_it_took(base, tiny_data, tmp_path):
 @pytest.mark.parametrize("family", ["bert", "xlm-roberta", "distilbert"])
 def test_the_embeddings_and_the_lowest_layers_stay_as_they_are(tiny_bases, family):
     encoder = load_encoder(tiny_bases[family])
-    freeze(encoder, "partial", 1)
+    encoder = adapt(encoder, "partial", 1)
     learning = [
         any(p.requires_grad for p in part.parameters()) for part in (encoder.embeddings, *encoder_layers(encoder))
     ]
     assert learning == [False, False, True]
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks transformers for it
+@pytest.mark.parametrize("family", ["bert", "xlm-roberta", "distilbert"])
+def test_lora_learns_little_and_is_merged_into_the_encoder(tiny_bases, tiny_data, family, tmp_path):
+    fetch_base(f"dir:{tiny_bases[family]}", tmp_path / "base", tmp_path)
+    trained = train(tmp_path / "base", tiny_data, tmp_path / "out", 1, "--strategy", "lora")
+    loaded = load_checkpoint(tmp_path / "out")
+    before = load_encoder(tmp_path / "base").state_dict()
+    assert set(loaded.model.encoder.state_dict()) == set(before)
+    assert not all(torch.equal(before[name], value) for name, value in trained.model.encoder.state_dict().items())
+    resources = read_json(tmp_path / "out" / "training.json")["resources"]
+    assert resources["trainable_parameters"] < resources["total_parameters"] / 2
+
+
+def test_a_joined_text_has_the_needs_of_both(base, tiny_data):
+    dataset = read_dataset(tiny_data)
+    checkpoint = new_checkpoint(base, dataset.labels, 64, seed=1)
+    alone, joined = _Varied(checkpoint, dataset.train, 0.0, 0.0), _Varied(checkpoint, dataset.train, 0.0, 1.0)
+    lengths = [items.begin_epoch(np.random.default_rng(1)) for items in (alone, joined)]
+    assert sum(lengths[1]) > 1.5 * sum(lengths[0])
+    for i in range(20):
+        own, both = alone[i], joined[i]
+        body = own["input_ids"][:-1]
+        assert both["input_ids"][: len(body)] == body
+        assert both["input_ids"][-1] == own["input_ids"][-1]
+        assert len(both["input_ids"]) <= 64
+        assert all(both["labels"] >= own["labels"])
+    assert any(joined[i]["labels"].sum() > alone[i]["labels"].sum() for i in range(20))
+
+
+def test_a_dropped_token_is_another_each_time_and_never_the_first_or_last(base, tiny_data):
+    dataset = read_dataset(tiny_data)
+    items = _Varied(new_checkpoint(base, dataset.labels, 64, seed=1), dataset.train, 0.5, 0.0)
+    items.begin_epoch(np.random.default_rng(1))
+    whole = items._ids[0]
+    seen = [items[0]["input_ids"] for _ in range(10)]
+    assert len({tuple(ids) for ids in seen}) > 5
+    assert {(ids[0], ids[-1]) for ids in seen} == {(whole[0], whole[-1])}

@@ -9,7 +9,8 @@ layers stay as they are, as in the study that this project follows: they hold
 what the base knows of the language, and 6,000 texts would only wear it off.
 Against over-fitting, a share of each text's tokens is left out anew every time
 it is seen (word dropout, Iyyer et al. 2015, https://aclanthology.org/P15-1162),
-and at the end the n-grams of `training.wide` are put beside the encoder.
+a share of the texts is joined with another and has the needs of both, and at the
+end the n-grams of `training.wide` are put beside the encoder.
 transformers' Trainer does the loop: an interrupted run goes on where it was,
 several GPUs work through `accelerate launch -m training.finetune`.
 
@@ -26,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peft import LoraConfig, get_peft_model
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.utils.data import Dataset as TorchDataset
@@ -50,9 +52,12 @@ from training.model import (
 )
 from training.wide import fit_ngrams
 
-STRATEGIES = ("partial", "full")
+STRATEGIES = ("partial", "lora", "full")
+PARAMETERS = ("strategy", "frozen_layers", "epochs", "learning_rate", "batch_size", "token_dropout", "joined")
+"""The options that a release's provenance names."""
 HEAD_RATE = 10
 """The head learns this many times faster than the pretrained layers."""
+LORA_RANK = 16
 PROBE_ROWS = 2000
 PROBE_C = 0.02
 """Inverse strength of the probe's L2 penalty, on standardized features."""
@@ -71,14 +76,14 @@ def finetune(base: Path, dataset: Dataset, output: Path, options: argparse.Names
     """
     started = time.monotonic(), time.process_time()
     checkpoint = new_checkpoint(base, dataset.labels, options.max_tokens, options.seed)
-    freeze(checkpoint.model.encoder, options.strategy, options.frozen_layers)
     train = dataset.train.part(options.rows or len(dataset.train), options.seed)
     fit_head(checkpoint, train.part(PROBE_ROWS, options.seed))
+    checkpoint.model.encoder = adapt(checkpoint.model.encoder, options.strategy, options.frozen_layers)
     state = output.with_name(output.name + "-training")
     trainer = _BucketTrainer(
         model=checkpoint.model,
         args=_training_arguments(state, len(train), options),
-        train_dataset=_Dropping(checkpoint, train, options.token_dropout),
+        train_dataset=_Varied(checkpoint, train, options.token_dropout, options.joined),
         eval_dataset=sorted(_to_items(checkpoint, dataset.validation), key=lambda item: len(item["input_ids"])),
         data_collator=_collate,
         compute_metrics=_macro_f1,
@@ -86,26 +91,45 @@ def finetune(base: Path, dataset: Dataset, output: Path, options: argparse.Names
     )
     trainer.train(resume_from_checkpoint=_resumable(state, base, options))
     checkpoint.model.cpu()
+    resources = parameter_counts(checkpoint.model)
+    if options.strategy == "lora":
+        checkpoint.model.encoder = checkpoint.model.encoder.merge_and_unload()
     add_wide_branch(checkpoint, train, dataset.validation)
     if trainer.is_world_process_zero():
         checkpoint.provenance |= {"trained_texts": len(train), "all_texts": len(dataset.train)} | {
             name: getattr(options, name)
-            for name in ("strategy", "frozen_layers", "epochs", "learning_rate", "batch_size", "token_dropout")
+            for name in (
+                "strategy",
+                "frozen_layers",
+                "epochs",
+                "learning_rate",
+                "batch_size",
+                "token_dropout",
+                "joined",
+            )
         }
         save_checkpoint(checkpoint, output)
-        resources = _resources(*started) | parameter_counts(checkpoint.model)
+        resources |= _resources(*started)
         write_json(output / "training.json", {"resources": resources, "history": trainer.state.log_history})
     return checkpoint
 
 
-def freeze(encoder: nn.Module, strategy: str, frozen_layers: int | None) -> None:
-    """Keep the embeddings and the lowest layers (a third unless told) from learning; `full` freezes nothing."""
-    if strategy == "full":
-        return
-    layers = encoder_layers(encoder)
-    frozen = len(layers) // 3 if frozen_layers is None else frozen_layers
-    for part in (encoder.embeddings, *layers[:frozen]):
-        part.requires_grad_(False)
+def adapt(encoder: nn.Module, strategy: str, frozen_layers: int | None) -> nn.Module:
+    """The encoder as the strategy lets it learn.
+
+    `partial` keeps the embeddings and the lowest layers, a third unless told,
+    as they are; `lora` keeps everything and learns low-rank additions to each
+    linear layer (Hu et al. 2021, https://arxiv.org/abs/2106.09685); `full`
+    learns all.
+    """
+    if strategy == "partial":
+        layers = encoder_layers(encoder)
+        frozen = len(layers) // 3 if frozen_layers is None else frozen_layers
+        for part in (encoder.embeddings, *layers[:frozen]):
+            part.requires_grad_(False)
+    if strategy == "lora":
+        return get_peft_model(encoder, LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear"))
+    return encoder
 
 
 def fit_head(checkpoint: Checkpoint, train: Examples) -> None:
@@ -139,34 +163,46 @@ def add_wide_branch(checkpoint: Checkpoint, train: Examples, validation: Example
         print(f"validation macro-F1, {name}: {found:.4f}")
 
 
-class _Dropping(TorchDataset[dict]):
-    """Texts' token ids and targets, each time with other tokens left out; the first and the last stay."""
+class _Varied(TorchDataset[dict]):
+    """Texts' token ids and targets, varied anew in each epoch: some joined with another, tokens left out."""
 
-    def __init__(self, checkpoint: Checkpoint, examples: Examples, share: float):
-        self._items, self._share = _to_items(checkpoint, examples), share
+    def __init__(self, checkpoint: Checkpoint, examples: Examples, token_dropout: float, joined: float):
+        self._items, self._token_dropout, self._joined = _to_items(checkpoint, examples), token_dropout, joined
+        self._max_tokens, self._head = checkpoint.max_tokens, count_head(checkpoint)
+        self._ids: list[list[int]] = []
+        self._targets: list[np.ndarray] = []
 
     def __len__(self) -> int:
         return len(self._items)
 
     def __getitem__(self, i: int) -> dict:
-        ids = self._items[i]["input_ids"]
-        kept = torch.rand(len(ids)) >= self._share  # torch's generator: seeded, saved and restored by the Trainer
+        ids = self._ids[i]
+        kept = torch.rand(len(ids)) >= self._token_dropout  # torch's generator: the Trainer seeds and restores it
         kept[0] = kept[-1] = True
-        return {**self._items[i], "input_ids": [token for token, keep in zip(ids, kept, strict=True) if keep]}
+        kept_ids = [token for token, keep in zip(ids, kept, strict=True) if keep]
+        return {"input_ids": kept_ids, "labels": self._targets[i]}
 
-    def lengths(self) -> list[int]:
-        """Tokens of each text, nothing left out."""
-        return [len(item["input_ids"]) for item in self._items]
+    def begin_epoch(self, random: np.random.Generator) -> list[int]:
+        """Choose what is joined with what; returns the tokens of each text."""
+        self._ids, self._targets = [], []
+        for item in self._items:
+            ids, target = item["input_ids"], item["labels"]
+            if random.random() < self._joined:
+                other = self._items[random.integers(len(self))]
+                ids, target = ids[:-1] + other["input_ids"][self._head :], np.maximum(target, other["labels"])
+            self._ids.append([*ids[:-1][: self._max_tokens - 1], ids[-1]])
+            self._targets.append(target)
+        return [len(ids) for ids in self._ids]
 
 
 class _BucketSampler(Sampler[int]):
     """Random batches of texts of like length: little padding to compute, and no order by length to learn."""
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: int):
-        self._lengths, self._batch_size, self._seed, self._epoch = lengths, batch_size, seed, 0
+    def __init__(self, items: _Varied, batch_size: int, seed: int):
+        self._items, self._batch_size, self._seed, self._epoch = items, batch_size, seed, 0
 
     def __len__(self) -> int:
-        return len(self._lengths)
+        return len(self._items)
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the Trainer, so that a resumed run goes on in the same order."""
@@ -174,10 +210,11 @@ class _BucketSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         random = np.random.default_rng((self._seed, self._epoch))
+        lengths = self._items.begin_epoch(random)
         order = random.permutation(len(self))
         size = self._batch_size
         buckets = [order[at : at + size * BUCKET_BATCHES] for at in range(0, len(order), size * BUCKET_BATCHES)]
-        sorted_ = [i for bucket in buckets for i in sorted(bucket, key=lambda i: self._lengths[i])]
+        sorted_ = [i for bucket in buckets for i in sorted(bucket, key=lambda i: lengths[i])]
         batches = [sorted_[at : at + size] for at in range(0, len(sorted_), size)]
         last = [batches.pop()] if len(batches[-1]) < size else []  # a short batch must stay the last
         random.shuffle(batches)
@@ -185,9 +222,9 @@ class _BucketSampler(Sampler[int]):
 
 
 class _BucketTrainer(Trainer):
-    def _get_train_sampler(self, train_dataset: _Dropping | None = None) -> _BucketSampler:
+    def _get_train_sampler(self, train_dataset: _Varied | None = None) -> _BucketSampler:
         items = self.train_dataset if train_dataset is None else train_dataset
-        return _BucketSampler(items.lengths(), self.args.train_batch_size, self.args.seed)
+        return _BucketSampler(items, self.args.train_batch_size, self.args.seed)
 
 
 def _optimizer(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
@@ -219,6 +256,11 @@ def _training_arguments(state: Path, texts: int, options: argparse.Namespace) ->
         dataloader_pin_memory=torch.cuda.is_available(),
         label_names=["labels"],
     )
+
+
+def count_head(checkpoint: Checkpoint) -> int:
+    """How many tokens stand before a text's own: the opening one and the prefix."""
+    return len(checkpoint.tokenizer.encode(checkpoint.prefix).ids) - 1
 
 
 def _to_items(checkpoint: Checkpoint, examples: Examples) -> list[dict]:
@@ -269,6 +311,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=0, help="train on a random part of this many texts; 0 is all")
     parser.add_argument("--learning-rate", type=float, default=1.5e-4)
     parser.add_argument("--token-dropout", type=float, default=0.1, help="share of tokens left out in training")
+    parser.add_argument("--joined", type=float, default=0.0, help="share of texts joined with another in training")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-tokens", type=int, default=DEFAULT_MAX_TOKENS)
     parser.add_argument("--seed", type=int, default=1)
