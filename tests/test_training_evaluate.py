@@ -1,6 +1,7 @@
 import numpy as np
 
-from training.evaluate import choose_thresholds, summarize_probes, summarize_scores
+from training.baseline import predict_static
+from training.evaluate import calibration_error, choose_thresholds, summarize_probes, summarize_scores
 from training.examples import Label
 
 P = np.array([[0.9, 0.2], [0.6, 0.7], [0.4, 0.8], [0.1, 0.1]])
@@ -29,3 +30,20 @@ def test_the_trust_test_counts_tops_and_others():
         "others_mean": 0.5,
         "others_at_half": 1,
     }
+
+
+def test_the_calibration_error_is_what_probabilities_miss_on_average():
+    p = np.array([[0.95], [0.95], [0.95], [0.95], [0.25], [0.25], [0.25], [0.25]])
+    right = np.array([[1], [1], [1], [1], [1], [0], [0], [0]])
+    np.testing.assert_allclose(calibration_error(p, right), 0.5 * 0.05)
+    wrong = 1 - right
+    np.testing.assert_allclose(calibration_error(p, wrong), 0.5 * 0.95 + 0.5 * 0.5)
+
+
+def test_the_static_rival_tells_texts_by_their_tokens():
+    embeddings = np.eye(6, dtype=np.float32)
+    train = [[1, 2], [1, 3], [4, 2], [4, 3], [5, 3], [1, 5]] * 4
+    targets = np.array([[1 in ids, False] for ids in train], np.float32)
+    (scores,) = predict_static(embeddings, train, targets, [[[1, 2], [4, 2], [3]]])
+    assert scores[0, 0] > 0.5 > scores[1, 0]
+    assert list(scores[:, 1]) == [0, 0, 0]

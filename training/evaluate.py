@@ -45,6 +45,17 @@ def _count(probabilities: np.ndarray, targets: np.ndarray, thresholds: np.ndarra
     return (decided & truth).sum(0), decided.sum(0), truth.sum(0)  # [L] each
 
 
+def calibration_error(probabilities: np.ndarray, targets: np.ndarray, bins: int = 15) -> float:
+    """Expected calibration error of [B, L] decisions: by how much the mean probability of a bin misses its share.
+
+    Guo et al. 2017, https://arxiv.org/abs/1706.04599, on each label's yes or no.
+    """
+    p, there = probabilities.ravel(), targets.ravel() >= HALF
+    bin_of = np.minimum((p * bins).astype(int), bins - 1)
+    misses = [abs(p[bin_of == i].sum() - there[bin_of == i].sum()) for i in range(bins)]
+    return float(sum(misses) / len(p))
+
+
 def choose_thresholds(probabilities: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """The [L] thresholds with the highest F1 each; of equals the one nearest to 0.5."""
     chosen = []

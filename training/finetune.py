@@ -27,7 +27,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.utils.data import Dataset as TorchDataset
@@ -128,6 +127,8 @@ def adapt(encoder: nn.Module, strategy: str, frozen_layers: int | None) -> nn.Mo
         for part in (encoder.embeddings, *layers[:frozen]):
             part.requires_grad_(False)
     if strategy == "lora":
+        from peft import LoraConfig, get_peft_model  # 2 s that the other strategies need not wait
+
         return get_peft_model(encoder, LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear"))
     return encoder
 
