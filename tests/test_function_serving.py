@@ -305,7 +305,7 @@ def test_a_short_request_gets_between_a_long_ones_windows(busy):
 
 
 def test_beyond_the_queue_a_request_is_refused_at_once(busy):
-    body = {"texts": ["가 " * 200] * 5}
+    body = {"texts": ["가 " * 200] * 10}
     waiting = [threading.Thread(target=requests.post, args=(busy,), kwargs={"json": body}) for _ in range(3)]
     for thread in waiting:
         thread.start()
@@ -320,7 +320,7 @@ def test_beyond_the_queue_a_request_is_refused_at_once(busy):
     assert native.headers["Content-Type"] == "application/problem+json"
     assert (call.status_code, call.headers["Retry-After"]) == (503, "1")
     assert "queue" in call.json()["errorMessage"]
-    assert took < 0.5
+    assert took < 1
 
 
 def test_sigterm_lets_a_request_end(place, tmp_path):
