@@ -34,7 +34,7 @@ try: install ## ask the current release: make try TEXT="요즘 너무 불안해"
 test: install ## all tests
 	$(RUN) -m pytest
 
-soak: install ## load, refreshes, hostile requests, cold start at full length: about an hour, into .local/soak.json
+soak: install ## load, refreshes, hostile requests, cold start at full length: about 20 minutes, into .local/soak.json
 	PYTHONPATH=. $(RUN) tests/soak.py
 
 check: install ## lint, types and the fast tests
