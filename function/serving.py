@@ -124,7 +124,8 @@ class Serving:
         self._loading: Future[Served] | None = None
         self._next_check = 0.0
         self._failures = 0
-        self._refused_pointer: bytes | None = None
+        self._refusal: tuple[bytes, str] | None = None
+        self._logged: set[str] = set()
         self.checked: str | None = None
         """When the pointer was last read, RFC 3339; when the pinned release was loaded."""
         self.refused: str | None = None
@@ -222,7 +223,8 @@ class Serving:
             known = isinstance(error, NeedsError)
             loading.set_exception(error if known else ReleaseUnavailable(f"release: not loaded, {error!r}"))
             return
-        self.refused, self._refused_pointer, self._failures = None, None, 0
+        self.refused, self._refusal, self._failures = None, None, 0
+        self._logged.clear()
         self._next_check = time.monotonic() + self._settings.refresh_seconds
         self._served = served
         with self._lock:
@@ -235,9 +237,10 @@ class Serving:
 
     def _note_failure(self, error: BaseException) -> None:
         """A refused pointer waits for the next one; what failed in transport is tried again, ever less often."""
-        if str(error) != self.refused:
-            _log.error("release not loaded: %s", error, exc_info=not isinstance(error, NeedsError))
         self.refused = str(error)
+        if self.refused not in self._logged:
+            _log.error("release not loaded: %s", error, exc_info=not isinstance(error, NeedsError))
+            self._logged.add(self.refused)
         if not isinstance(error, ReleaseRefused):
             wait = self._settings.refresh_seconds * min(2**self._failures, LONGEST_BACKOFF)
             self._next_check, self._failures = time.monotonic() + wait, self._failures + 1
@@ -256,8 +259,8 @@ class Serving:
         with parts.add("pointer"):
             stored = self._read("current.json", deadline)
         self.checked = _now()
-        if stored == self._refused_pointer:
-            raise ReleaseRefused(self.refused or "")
+        if self._refusal and stored == self._refusal[0]:
+            raise ReleaseRefused(self._refusal[1])
         try:
             pointer = parse_pointer(stored)
             if self._served and not _is_newer(pointer, self._served):
@@ -265,8 +268,8 @@ class Serving:
             with parts.add("manifest"):
                 manifest = read_manifest(self._read, pointer.release, pointer.manifest_sha256, deadline)
             return self._load_release(manifest, pointer, deadline, parts, fetched)
-        except ReleaseRefused:
-            self._refused_pointer = stored
+        except ReleaseRefused as error:
+            self._refusal = stored, str(error)
             raise
 
     def _load_release(

@@ -8,9 +8,9 @@ epoch passed before the loss moved at all. By default the embeddings and the low
 layers stay as they are, as in the study that this project follows: they hold
 what the base knows of the language, and 6,000 texts would only wear it off.
 Against over-fitting, a share of each text's tokens is left out anew every time
-it is seen (word dropout, Iyyer et al. 2015, https://aclanthology.org/P15-1162),
-a share of the texts is joined with another and has the needs of both, and at the
-end the n-grams of `training.wide` are put beside the encoder.
+it is seen (word dropout, Iyyer et al. 2015, https://aclanthology.org/P15-1162).
+A share of the texts can be joined with another and have the needs of both; in
+five epochs that gained nothing on validation, so by default none is. At the end the n-grams of `training.wide` are put beside the encoder.
 transformers' Trainer does the loop: an interrupted run goes on where it was,
 several GPUs work through `accelerate launch -m training.finetune`.
 
@@ -211,7 +211,7 @@ class _BucketSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         random = np.random.default_rng((self._seed, self._epoch))
-        lengths = self._items.begin_epoch(random)
+        lengths = self._items.begin_epoch(np.random.default_rng((self._seed, self._epoch, 1)))
         order = random.permutation(len(self))
         size = self._batch_size
         buckets = [order[at : at + size * BUCKET_BATCHES] for at in range(0, len(order), size * BUCKET_BATCHES)]
