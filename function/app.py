@@ -9,6 +9,7 @@ import time
 import uuid
 from base64 import b64encode
 from collections.abc import Callable, Mapping
+from functools import cache
 from hashlib import sha256
 from http import HTTPStatus
 from pathlib import Path
@@ -28,7 +29,6 @@ ROUTES = {
     "/release": ("GET",),
     "/openapi.json": ("GET",),
 }
-PAGE = (Path(__file__).parent / "page.html").read_text("utf-8")
 STATUS_CODES = {
     errors.NotJson: 400,
     errors.NotFound: 404,
@@ -53,19 +53,17 @@ _SANE_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 _log = logging.getLogger("needs")
 
 
-def _write_page_policy(page: str) -> str:
-    """The page may run its own script and style and ask its own server; nothing else."""
-    own = {}
+@cache
+def _read_page() -> tuple[str, str]:
+    """The page and its policy: it may run its own script and style and ask its own server, nothing else."""
+    page, own = (Path(__file__).parent / "page.html").read_text("utf-8"), {}
     for tag in ("script", "style"):
         content = page.split(f"<{tag}>")[1].split(f"</{tag}>", maxsplit=1)[0]
         own[tag] = b64encode(sha256(content.encode()).digest()).decode()
-    return (
+    return page, (
         f"default-src 'none'; script-src 'sha256-{own['script']}'; style-src 'sha256-{own['style']}'; img-src data:; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
-
-
-PAGE_POLICY = _write_page_policy(PAGE)
 
 
 def create_function(environ: Mapping[str, str]) -> Callable[[Request], Response]:
@@ -174,7 +172,7 @@ def _score(request: Request, settings: Settings, serving: Serving, timing: Timin
         timing.texts = len(query.texts)
         served = serving.served(timing)
         with serving.admit():
-            from function.scoring import answer_query
+            from function.scoring import answer_query  # numpy and onnxruntime: loaded by now, and not at import
 
             return _render(answer_query(query, served, serving, timing))
     except errors.NeedsError as error:
@@ -242,8 +240,9 @@ def _render(document: dict, status: int = 200, media_type: str = "application/js
 
 
 def _render_page() -> Response:
-    response = Response(PAGE, content_type="text/html; charset=utf-8")
-    response.headers["Content-Security-Policy"] = PAGE_POLICY
+    page, policy = _read_page()
+    response = Response(page, content_type="text/html; charset=utf-8")
+    response.headers["Content-Security-Policy"] = policy
     response.vary.add("Accept")
     return response
 

@@ -44,8 +44,8 @@ class Scored:
 
 
 def is_call(body: object) -> bool:
-    """Whether BigQuery asks, which understands no refusal but its own."""
-    return isinstance(body, dict) and [member for member in MEMBERS if member in body] == ["calls"]
+    """Whether BigQuery asks, which understands no refusal but its own; it never asks for an explanation."""
+    return isinstance(body, dict) and [member for member in (*MEMBERS, "explain") if member in body] == ["calls"]
 
 
 def parse_query(body: object, settings: Settings) -> Query:

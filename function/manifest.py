@@ -14,7 +14,7 @@ from function.errors import ReleaseRefused
 
 SCHEMA = 1
 MODEL, TOKENIZER = "model.onnx", "tokenizer.json"
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 _RELEASE = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{12}")
 
 
@@ -108,7 +108,7 @@ def parse_pointer(stored: bytes) -> Pointer:
     well_formed = (
         document.get("schema") == SCHEMA
         and _RELEASE.fullmatch(str(release))
-        and _SHA256.fullmatch(str(digest))
+        and SHA256.fullmatch(str(digest))
         and type(sequence) is int
         and sequence >= 1
     )

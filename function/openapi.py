@@ -3,6 +3,7 @@
 https://spec.openapis.org/oas/v3.1.0
 """
 
+from function.dialects import MEMBERS
 from function.manifest import SCHEMA
 from function.settings import Settings
 
@@ -40,8 +41,8 @@ def describe_api(settings: Settings) -> dict:
 
 
 def _describe_scoring() -> dict:
-    bodies = [_refer("schemas", f"{kind}Request") for kind in ("Text", "Texts", "Instances", "Calls")]
-    answers = [_refer("schemas", f"{kind}Answer") for kind in ("Text", "Texts", "Instances", "Calls")]
+    bodies = [_refer("schemas", f"{member.capitalize()}Request") for member in MEMBERS]
+    answers = [_refer("schemas", f"{member.capitalize()}Answer") for member in MEMBERS]
     refusals = {
         "400": "NotJson",
         "413": "BodyTooLarge",
@@ -158,7 +159,7 @@ def _describe_responses() -> dict:
 
 def _only(member: str, schema: dict, others: dict) -> dict:
     """A body with this one of the four members; what is unknown is ignored."""
-    rivals = [{"required": [rival]} for rival in ("text", "texts", "instances", "calls") if rival != member]
+    rivals = [{"required": [rival]} for rival in MEMBERS if rival != member]
     if member != "text":
         rivals.append({"required": ["explain"]})
     return {**_object({member: schema, **others}, [member]), "not": {"anyOf": rivals}}

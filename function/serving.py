@@ -83,6 +83,15 @@ class Timing:
         self.milliseconds[part] = self.milliseconds.get(part, 0.0) + (time.monotonic() - started) * 1000
 
 
+@dataclass
+class _Load:
+    """One load under way: until when, how long each part took, and the files of a release not served before."""
+
+    deadline: float
+    parts: Timing = field(default_factory=lambda: Timing({}))
+    files: dict[str, bytes] = field(default_factory=dict)
+
+
 class Slots:
     """So many may hold one at once; who waits longest is next.
 
@@ -212,10 +221,10 @@ class Serving:
 
     def _load(self, loading: "Future[Served]") -> None:
         """Bring the release up to date, and settle all who wait for it."""
-        parts, fetched = Timing({}), dict[str, bytes]()
+        load = _Load(time.monotonic() + self._settings.load_seconds)
         threading.Thread(target=import_module, args=("function.classifier",), daemon=True).start()  # beside the bucket
         try:
-            served = self._find_newest(time.monotonic() + self._settings.load_seconds, parts, fetched)
+            served = self._find_newest(load)
         except BaseException as error:
             self._note_failure(error)
             with self._lock:
@@ -230,10 +239,10 @@ class Serving:
         with self._lock:
             self._loading = None
         loading.set_result(served)
-        if fetched:
-            took = {"milliseconds": {name: round(ms, 2) for name, ms in parts.milliseconds.items()}}
+        if load.files:
+            took = {"milliseconds": {name: round(ms, 2) for name, ms in load.parts.milliseconds.items()}}
             _log.info("release %s loaded", served.manifest.release, extra={"known": took})
-            self._tidy(served.manifest, fetched)  # now that no answer waits for it
+            self._tidy(served.manifest, load.files)  # now that no answer waits for it
 
     def _note_failure(self, error: BaseException) -> None:
         """A refused pointer waits for the next one; what failed in transport is tried again, ever less often."""
@@ -245,19 +254,18 @@ class Serving:
             wait = self._settings.refresh_seconds * min(2**self._failures, LONGEST_BACKOFF)
             self._next_check, self._failures = time.monotonic() + wait, self._failures + 1
 
-    def _find_newest(self, deadline: float, parts: Timing, fetched: dict[str, bytes]) -> Served:
+    def _find_newest(self, load: _Load) -> Served:
         """What the pointer, or RELEASE, names; what is served already where that is the same.
 
-        Notes the time of each part, and the files of a release that was not served yet.
         Raises ReleaseRefused or ReleaseUnavailable.
         """
         if self._settings.release != "current":
-            with parts.add("manifest"):
-                manifest = read_manifest(self._read, check_release_name(self._settings.release), None, deadline)
+            with load.parts.add("manifest"):
+                manifest = read_manifest(self._read, check_release_name(self._settings.release), None, load.deadline)
             self.checked = _now()
-            return self._load_release(manifest, None, deadline, parts, fetched)
-        with parts.add("pointer"):
-            stored = self._read("current.json", deadline)
+            return self._load_release(manifest, None, load)
+        with load.parts.add("pointer"):
+            stored = self._read("current.json", load.deadline)
         self.checked = _now()
         if self._refusal and stored == self._refusal[0]:
             raise ReleaseRefused(self._refusal[1])
@@ -265,32 +273,30 @@ class Serving:
             pointer = parse_pointer(stored)
             if self._served and not _is_newer(pointer, self._served):
                 return self._served
-            with parts.add("manifest"):
-                manifest = read_manifest(self._read, pointer.release, pointer.manifest_sha256, deadline)
-            return self._load_release(manifest, pointer, deadline, parts, fetched)
+            with load.parts.add("manifest"):
+                manifest = read_manifest(self._read, pointer.release, pointer.manifest_sha256, load.deadline)
+            return self._load_release(manifest, pointer, load)
         except ReleaseRefused as error:
             self._refusal = stored, str(error)
             raise
 
-    def _load_release(
-        self, manifest: Manifest, pointer: Pointer | None, deadline: float, parts: Timing, fetched: dict[str, bytes]
-    ) -> Served:
+    def _load_release(self, manifest: Manifest, pointer: Pointer | None, load: _Load) -> Served:
         """Fetch, verify, load and warm a release."""
-        with parts.add("files"):
-            fetched |= fetch_files(self._read, manifest, Path(self._settings.cache_dir), deadline)
-        with parts.add("imports"):
+        with load.parts.add("files"):
+            load.files |= fetch_files(self._read, manifest, Path(self._settings.cache_dir), load.deadline)
+        with load.parts.add("imports"):
             import_module("function.classifier")
-        with parts.add("session"):
-            classifier = _make_classifier(fetched, manifest, self._settings)
-        with parts.add("first_run"):
+        with load.parts.add("session"):
+            classifier = _make_classifier(load.files, manifest, self._settings)
+        with load.parts.add("first_run"):
             _warm(classifier, manifest)
         return Served(manifest, classifier, pointer)
 
-    def _tidy(self, manifest: Manifest, fetched: dict[str, bytes]) -> None:
+    def _tidy(self, manifest: Manifest, files: dict[str, bytes]) -> None:
         """Write the cache, and give back what loading and the release before took of disk and memory."""
         cache = Path(self._settings.cache_dir)
-        keep_files(fetched, manifest, cache)
-        fetched.clear()
+        keep_files(files, manifest, cache)
+        files.clear()
         remove_others(manifest, cache, self._settings.load_seconds)
         if _TRIM:
             _TRIM(0)

@@ -7,19 +7,17 @@ names, whether it came from the bucket or from the cache.
 import hashlib
 import logging
 import os
-import re
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from function.errors import ReleaseRefused
-from function.manifest import MODEL, TOKENIZER, File, Manifest, parse_manifest
+from function.manifest import MODEL, SHA256, TOKENIZER, File, Manifest, parse_manifest
 from function.readers import Read
 
 NEW = ".new-"
 """How the name of a file begins that is being written."""
-SHA256 = re.compile(r"[0-9a-f]{64}")
 _log = logging.getLogger("needs")
 
 
@@ -94,7 +92,7 @@ def _write_cache(cached: Path, content: bytes) -> None:
 def remove_others(manifest: Manifest, cache: Path, seconds: float) -> None:
     """Remove what no process needs any more: files of other releases, and halves that killed ones left.
 
-    A half is one that was begun longer ago than a load may take, `seconds`.
+    A half is one that was begun longer ago than two loads may take, of `seconds` each.
     """
     needed = {manifest.files[name].sha256 for name in (MODEL, TOKENIZER)}
     for path in cache.glob("*"):

@@ -39,6 +39,9 @@ class Place:
     def overwrite(self, name, content):
         self.bucket._bucket.blob(self.bucket._prefix + name).upload_from_string(content)
 
+    def delete(self, name):
+        self.bucket._bucket.blob(self.bucket._prefix + name).delete()
+
     def read(self, name):
         return self.bucket.read(name)[0]
 
@@ -111,7 +114,7 @@ def tear_pointer(place, pointer):
 
 
 def remove_pointer(place, pointer):
-    place.bucket._bucket.blob(place.bucket._prefix + "current.json").delete()
+    place.delete("current.json")
 
 
 def point_nowhere(place, pointer):
@@ -141,8 +144,10 @@ def release_broken(place, name, change):
 
 
 def drop_manifest(place, pointer):
-    pointed = {**pointer, "release": "20260101T000000Z-aaaaaaaaaaaa", "sequence": pointer["sequence"] + 1}
-    change_pointer(place, pointer, **pointed)
+    folder = place.folder / f"dropped-{uuid.uuid4().hex}"
+    release = publish(place.bucket, folder, write_known(folder, 7.5))
+    promote(place.bucket, release)
+    place.delete(f"releases/{release}/manifest.json")
 
 
 def tamper_manifest(place, pointer):
@@ -254,6 +259,20 @@ def test_a_bucket_that_fails_leaves_the_old_release_serving_and_is_tried_again(p
         place.proxy.fault, place.proxy.delay_seconds = None, 0.0
     wait_until(lambda: place.ready()["refused"] is None)
     assert place.ask() == before
+
+
+def test_a_refused_release_keeps_its_reason_when_the_bucket_fails_meanwhile(place):
+    pointer = place.read("current.json")
+    send_back(place, json.loads(pointer))
+    refused = wait_until(lambda: place.ready()["refused"])
+    logged = place.log.read_text("utf-8").count("expected a sequence above")
+    place.proxy.fault = 500
+    wait_until(lambda: "status 500" in place.ready()["refused"])
+    place.proxy.fault = None
+    wait_until(lambda: place.ready()["refused"] == refused)
+    assert place.log.read_text("utf-8").count("expected a sequence above") == logged
+    place.overwrite("current.json", pointer)
+    wait_until(lambda: place.ready()["refused"] is None)
 
 
 def test_a_pinned_release_stays_and_reads_no_pointer(place, tmp_path):

@@ -11,7 +11,9 @@ from known import release_known
 
 from build import local
 
-EXAMPLES = re.findall(r"^\$ (curl .*)\n(\{.*\})$", Path(__file__).parent.parent.joinpath("README.md").read_text(), re.M)
+EXAMPLES = re.findall(
+    r"^\$ (curl .*)\n(\{.*\})$", Path(__file__).parent.parent.joinpath("README.md").read_text("utf-8"), re.M
+)
 
 
 @pytest.fixture(scope="module")

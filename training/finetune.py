@@ -4,13 +4,15 @@ Binary cross-entropy on the logits, one independent decision a label, on
 multi-hot or soft targets. The head starts as a linear probe of the untouched
 encoder, not at random (Kumar et al. 2022, https://arxiv.org/abs/2202.10054):
 E5's mean vectors differ little from text to text, and under a random head an
-epoch passed before the loss moved at all. By default the embeddings and the lowest third of the
-layers stay as they are, as in the study that this project follows: they hold
-what the base knows of the language, and 6,000 texts would only wear it off.
+epoch passed before the loss moved at all. By default the embeddings and the
+lowest third of the layers stay as they are, as in the study that this project
+follows: they hold what the base knows of the language, and 6,000 texts would
+only wear it off.
 Against over-fitting, a share of each text's tokens is left out anew every time
 it is seen (word dropout, Iyyer et al. 2015, https://aclanthology.org/P15-1162).
 A share of the texts can be joined with another and have the needs of both; in
-five epochs that gained nothing on validation, so by default none is. At the end the n-grams of `training.wide` are put beside the encoder.
+five epochs that gained nothing on validation, so by default none is. At the end
+the n-grams of `training.wide` are put beside the encoder.
 transformers' Trainer does the loop: an interrupted run goes on where it was,
 several GPUs work through `accelerate launch -m training.finetune`.
 

@@ -22,7 +22,7 @@ from training.evaluate import calibration_error, sigmoid, summarize_scores
 from training.examples import Dataset, read_dataset
 from training.files import read_json, write_json
 from training.finetune import STRATEGIES
-from training.model import encode, load_checkpoint, new_checkpoint, predict_logits
+from training.model import DEFAULT_MAX_TOKENS, encode, load_checkpoint, new_checkpoint, predict_logits
 
 RATES = {"lora": 5e-4}
 """Where a strategy needs another learning rate than `training.finetune`'s own: LoRA's additions start at zero."""
@@ -42,7 +42,7 @@ def run_strategy(strategy: str, seed: int, dataset: Dataset, folder: Path, optio
 def run_rivals(base: Path, dataset: Dataset, rows: int) -> dict[str, dict]:
     """Character n-grams and static embeddings, which need no seed."""
     train = dataset.train.part(rows or len(dataset.train), seed=1)
-    checkpoint = new_checkpoint(base, dataset.labels, max_tokens=256, seed=1)
+    checkpoint = new_checkpoint(base, dataset.labels, DEFAULT_MAX_TOKENS, seed=1)
     embeddings = checkpoint.model.encoder.get_input_embeddings().weight.detach().numpy()
     ids, texts = encode(checkpoint, train.texts), dataset.validation.texts
     (static,) = predict_static(embeddings, ids, train.targets, [encode(checkpoint, texts)])
@@ -94,7 +94,9 @@ def main() -> None:
     }
     for strategy in args.strategies.split(","):
         for seed in map(int, args.seeds.split(",")):
-            judged = run_strategy(strategy, seed, dataset, args.output / f"{strategy}-{seed}", options)
+            judged = run_strategy(
+                strategy, seed, dataset, args.output / f"{strategy}-{seed}-{args.rows}-{args.epochs:g}", options
+            )
             found.setdefault(strategy, []).append(judged)
             write_json(args.output / "study.json", found)
             console.print(make_table(found))
