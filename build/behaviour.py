@@ -2,8 +2,8 @@
 
 Long texts: the long diaries of the data, and texts joined from several with their
 needs united, read whole in windows or cut after the first, for several sizes of
-window and ways to combine them. The choice between them (`function.classifier`)
-was made on the validation split.
+window and ways to combine them. The mean odds of `function.classifier` were chosen
+on the validation and the training split's diaries.
 
 Explanations: how often a decision turns when the two words are left out that the
 explanation ranks highest, against two others at random (ERASER's
@@ -22,11 +22,11 @@ from rich.table import Table
 from tqdm import tqdm
 
 from build.quantize import INT8
+from build.verify import load_classifier
 from function.classifier import Classifier, combine
 from function.explain import explain, list_spans
 from training.evaluate import HALF, sigmoid, summarize_scores
 from training.examples import Examples, read_dataset
-from training.files import read_json
 
 WINDOW_TOKENS = (64, 128, 256)
 JOINED_TEXTS = 8
@@ -45,19 +45,6 @@ COMBINATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 """float32 [W, L] logits of a text's windows to [L] probabilities."""
 
 
-def load_model(folder: Path, max_tokens: int | None = None) -> Classifier:
-    """The INT8 model with windows of its own size or another."""
-    made = read_json(folder / "export.json")
-    return Classifier(
-        (folder / INT8).read_bytes(),
-        (folder / "tokenizer.json").read_bytes(),
-        prefix=made["prefix"],
-        max_tokens=max_tokens or made["max_tokens"],
-        max_windows=MAX_WINDOWS,
-        threads=2,
-    )
-
-
 def join_texts(examples: Examples, seed: int = 0) -> Examples:
     """Texts of several texts each, with the needs of all of them."""
     order = np.random.default_rng(seed).permutation(len(examples))
@@ -70,7 +57,7 @@ def compare_windows(folder: Path, examples: Examples) -> dict[tuple[int, str], f
     """Macro-F1 at 0.5 for each size of window and way to combine them."""
     found = {}
     for tokens in WINDOW_TOKENS:
-        model = load_model(folder, tokens)
+        model = load_classifier(folder, folder / INT8, tokens, MAX_WINDOWS)
         logits = [
             np.stack([model.run(ids) for ids in model.split(text).ids])  # [W, L]
             for text in tqdm(examples.texts, f"windows of {tokens}", leave=False)
@@ -131,7 +118,7 @@ def main() -> None:
         for tokens in WINDOW_TOKENS:
             table.add_row(f"{tokens} tokens", *(f"{found[tokens, name]:.4f}" for name in COMBINATIONS))
         console.print(table)
-    left = compare_left_out(load_model(args.onnx), examples.texts)
+    left = compare_left_out(load_classifier(args.onnx, args.onnx / INT8), examples.texts)
     times = left["highest"] / left["random"] if left["random"] else float("inf")
     console.print(
         f"{left['decisions']} decisions: {left['highest']:.1%} turn without the {LEFT_OUT} highest words, "

@@ -10,6 +10,7 @@ probabilities of the INT8 model itself.
 """
 
 import argparse
+import tempfile
 import time
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from build.export import FP32
-from build.quantize import INT8, RECIPE
+from build.quantize import INT8, RECIPE, optimize_graph
 from function.classifier import Classifier
 from training.evaluate import HALF, choose_thresholds, match_labels, summarize_probes, summarize_scores
 from training.examples import Dataset, Label, read_dataset
@@ -36,15 +37,17 @@ class VerificationError(ValueError):
     """The model is not what was promised: it must not be served."""
 
 
-def load_classifier(folder: Path, model: str) -> Classifier:
-    """The function's own classifier on one of the exported models."""
+def load_classifier(
+    folder: Path, model: Path, max_tokens: int | None = None, max_windows: int = MAX_WINDOWS
+) -> Classifier:
+    """The function's own classifier on one of the models that were exported into `folder`."""
     made = read_json(folder / "export.json")
     return Classifier(
-        (folder / model).read_bytes(),
+        model.read_bytes(),
         (folder / "tokenizer.json").read_bytes(),
         prefix=made["prefix"],
-        max_tokens=made["max_tokens"],
-        max_windows=MAX_WINDOWS,
+        max_tokens=max_tokens or made["max_tokens"],
+        max_windows=max_windows,
         threads=torch.get_num_threads(),
     )
 
@@ -58,7 +61,10 @@ def verify(folder: Path, dataset: Dataset, bounds: dict[str, float]) -> dict:
     labels = [Label(**label) for label in made["labels"]]
     matched = match_labels(dataset, labels)
     known = matched or dataset
-    fp32, int8 = load_classifier(folder, FP32), load_classifier(folder, INT8)
+    with tempfile.TemporaryDirectory() as scratch:  # fp32 as fast as it can be, as the INT8 model is
+        optimized = Path(scratch) / FP32
+        optimize_graph(folder / FP32, optimized)
+        fp32, int8 = load_classifier(folder, optimized), load_classifier(folder, folder / INT8)
     checkpoint = load_checkpoint(Path(made["checkpoint"]))
     parts = [known.validation.texts, known.test.texts, [probe["text"] for probe in known.probes]]
     exact, quantized = (_score_parts(model, parts, name) for model, name in ((fp32, "fp32"), (int8, "INT8")))

@@ -123,9 +123,15 @@ class JsonApiReader:
 
     def _get(self, name: str, deadline: float) -> tuple[int, bytes]:
         headers = {"Authorization": f"Bearer {self._tokens.get(deadline)}"} if self._tokens else {}
-        connection = self._idle.pop() if self._idle else self._connect()
+        idle = bool(self._idle)
+        connection = self._idle.pop() if idle else self._connect()
         try:
             answer = _get(connection, f"{self._path}{quote(name, safe='')}?alt=media", headers, deadline)
+        except (ConnectionError, HTTPException):
+            connection.close()
+            if idle:
+                return self._get(name, deadline)  # the server had closed it meanwhile, as it may
+            raise
         except BaseException:
             connection.close()
             raise

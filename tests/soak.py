@@ -1,8 +1,8 @@
 """The long proofs: load, refreshes, hostile requests, cold start; into `.local/soak.json`.
 
-Each takes what it is to be run on and how long, and returns what it measured
-beside the bounds that it must keep; `tests/test_soak.py` runs them at a fiftieth
-of their length.
+Each takes what it is to be run on and how long, and returns what it measured;
+the command fails where that breaks a bound. `tests/test_soak.py` runs them at a
+fiftieth of their length.
 
     make soak
 """
@@ -44,6 +44,20 @@ from training.files import write_json
 ROOT = Path(__file__).parent.parent
 RESULT = Path(".local/soak.json")
 JSON = {"Content-Type": "application/json"}
+BOUNDS: dict[str, Callable[[dict], bool]] = {
+    "load: nothing wrong, nothing lost": lambda f: f["load"]["wrong"] == f["load"]["lost"] == 0,
+    "load: a rate without a refusal": lambda f: f["load"]["highest_calm_rate"] > 0,
+    "load: p99 at most 3 times the unloaded one": lambda f: f["load"]["p99_ratio"] <= 3,
+    "load: memory at most 1.05 times": lambda f: f["load"]["memory"]["growth"] <= 1.05,
+    "load: memory at most 160 MB": lambda f: f["load"]["memory"]["most_mb"] <= 160,
+    "refreshes: every answer is one release's": lambda f: f["refreshes"]["wrong"] == 0,
+    "refreshes: memory at most 1.05 times": lambda f: f["refreshes"]["memory"]["growth"] <= 1.05,
+    "hostile: only answers of the contract": lambda f: f["hostile"]["count_wrong"] == 0,
+    "cold start: at most 3 times hello": lambda f: f["cold_start"]["times_hello"] <= 3,
+    "cold start: at least 12 times faster than plain": lambda f: f["cold_start"]["times_faster_than_plain"] >= 12,
+    "cold start: distant within 2 s": lambda f: f["cold_start"]["distant_seconds"] <= 2,
+    "cold start: at most 3 round trips": lambda f: f["cold_start"]["distant_round_trips"] <= 3,
+}
 CLIENTS = 64
 TEXTS = 50
 SETTLE_SECONDS = 0.5
@@ -500,6 +514,11 @@ def main() -> None:
         found = run_proofs(folder, shape, texts, args.share, args.only)
     known = json.loads(RESULT.read_text()) if RESULT.exists() and args.only else {}
     write_json(RESULT, {**known, **found})
+    broken = [
+        name for name, holds in BOUNDS.items() if name.split(":")[0].replace(" ", "_") in found and not holds(found)
+    ]
+    if broken:
+        raise SystemExit(f"soak: expected every bound to hold, found broken: {'; '.join(broken)}; see {RESULT}")
 
 
 if __name__ == "__main__":

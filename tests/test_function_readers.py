@@ -108,6 +108,14 @@ def test_what_is_transient_is_tried_again(make, faults):
     assert seen[0][0].startswith(("/storage/v1/b/b/o/p%2Fa%2Fb?alt=media", "/download/storage/v1/b/b/o/p%2Fa%2Fb?alt"))
 
 
+def test_an_idle_connection_that_was_closed_costs_no_pause(monkeypatch):
+    with run_faulty(200, "cut before") as (host, seen), make_json_reader(host) as read:
+        read("a", time.monotonic() + 20)
+        monkeypatch.setattr("function.readers.time.sleep", lambda seconds: pytest.fail(f"paused {seconds} s"))
+        assert read("a", time.monotonic() + 20) == CONTENT
+    assert len(seen) == 3
+
+
 @READERS
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_what_is_not_transient_fails_at_once(make, status):

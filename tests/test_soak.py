@@ -21,6 +21,7 @@ def test_under_load_nothing_is_wrong_or_lost(proofs):
     load = proofs["load"]
     assert (load["wrong"], load["lost"]) == (0, 0)
     assert load["accepted"] > 0
+    assert load["highest_calm_rate"] > 0
     assert load["memory"]["most_mb"] <= 160
 
 
