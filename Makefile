@@ -5,7 +5,7 @@ RUN = .venv/bin/python
 REQUIREMENTS = requirements.txt training/requirements.txt tests/requirements.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo release serve try test soak check lock clean
+.PHONY: help install demo release serve try test soak bench check lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -36,6 +36,10 @@ test: install ## all tests
 
 soak: install ## load, refreshes, hostile requests, cold start at full length: about 20 minutes, into .local/soak.json
 	PYTHONPATH=. $(RUN) tests/soak.py
+
+bench: install ## our engine beside others, and the whole function beside a torch one: make bench PEERS=1
+	$(RUN) -m build.bench $(if $(PEERS),--peers)
+	PYTHONPATH=. $(RUN) tests/soak.py --only cold_start --share 0.34
 
 check: install ## lint, types and the fast tests
 	$(RUN) -m ruff check .

@@ -13,19 +13,21 @@ trimmed on the way.
 """
 
 import argparse
-import tempfile
 import warnings
 from dataclasses import asdict
 from pathlib import Path
 
+import onnx
 import torch
 from onnxruntime.transformers import optimizer
 
 from training.examples import read_dataset
 from training.files import replace_folder, write_json
-from training.model import Checkpoint, encoder_layers, load_checkpoint
+from training.model import Checkpoint, encoder_layers, encoder_of, load_checkpoint
 from training.vocabulary import DEFAULT_SCRIPTS, trim_vocabulary
 
+PLAIN = "model.plain.onnx"
+"""As PyTorch's exporter writes it: what `build.bench` gives the peers."""
 FP32 = "model.fp32.onnx"
 OPSET = 17
 
@@ -42,7 +44,7 @@ class _OneText(torch.nn.Module):
         self.model = model
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).logits
+        return self.model(input_ids=input_ids).logits
 
 
 def import_checkpoint(source: Path, output: Path, texts: list[str], scripts: tuple[str, ...]) -> Path:
@@ -55,23 +57,22 @@ def import_checkpoint(source: Path, output: Path, texts: list[str], scripts: tup
 
 
 def export(checkpoint: Checkpoint, output: Path, source: Path) -> dict:
-    """Write model.fp32.onnx, tokenizer.json and export.json into the folder `output`.
+    """Write model.plain.onnx, model.fp32.onnx (fused), tokenizer.json and export.json into the folder `output`.
 
     `source` is the folder that the checkpoint was loaded from; `build.verify`
     compares against it. Returns what export.json says. Raises ExportError where fused nodes are missing.
     """
-    with replace_folder(output) as new, tempfile.TemporaryDirectory() as scratch:
-        plain = Path(scratch) / "plain.onnx"
-        _trace(checkpoint, plain)
-        config = _encoder(checkpoint).config
+    with replace_folder(output) as new:
+        trace(checkpoint, new / PLAIN)
+        encoder = encoder_of(checkpoint.model)
         fused = optimizer.optimize_model(
-            str(plain),
+            str(new / PLAIN),
             model_type="bert",
-            num_heads=config.num_attention_heads,
-            hidden_size=config.hidden_size,
+            num_heads=encoder.config.num_attention_heads,
+            hidden_size=encoder.config.hidden_size,
             opt_level=0,
         )
-        nodes = check_fusion(fused.get_fused_operator_statistics(), len(encoder_layers(_encoder(checkpoint))))
+        nodes = check_fusion(fused.get_fused_operator_statistics(), len(encoder_layers(encoder)))
         fused.save_model_to_file(str(new / FP32))
         checkpoint.tokenizer.save(str(new / "tokenizer.json"))
         made = {
@@ -81,6 +82,7 @@ def export(checkpoint: Checkpoint, output: Path, source: Path) -> dict:
             "provenance": checkpoint.provenance,
             "checkpoint": str(source),
             "fused_nodes": nodes,
+            "nodes": {name: len(onnx.load(new / name).graph.node) for name in (PLAIN, FP32)},
         }
         write_json(new / "export.json", made)
     return made
@@ -99,12 +101,8 @@ def check_fusion(counts: dict[str, int], layers: int) -> dict[str, int]:
     return {kind: count for kind, count in counts.items() if count}
 
 
-def _encoder(checkpoint: Checkpoint) -> torch.nn.Module:
-    model = checkpoint.model
-    return model.encoder if hasattr(model, "encoder") else model.base_model
-
-
-def _trace(checkpoint: Checkpoint, path: Path) -> None:
+def trace(checkpoint: Checkpoint, path: Path) -> None:
+    """Write the graph of one unpadded text, as PyTorch's TorchScript exporter makes it."""
     ids = torch.tensor([checkpoint.tokenizer.encode(checkpoint.prefix + "내보내기").ids])
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's deprecation and the tracer's constants, both known

@@ -20,7 +20,6 @@ from google.api_core.exceptions import NotFound, PreconditionFailed
 from google.cloud import storage
 from tqdm import tqdm
 
-from build.quantize import RECIPE
 from function.manifest import MODEL, TOKENIZER, canonical, name_release, parse_manifest, parse_pointer
 from training.files import read_json, sha256_of
 
@@ -101,7 +100,7 @@ def make_manifest(folder: Path, data: Path, build_id: str, commit: str) -> bytes
             "inputs": inputs,
             "build_id": build_id,
             "commit": commit,
-            "quantization": RECIPE,
+            "quantization": metrics["quantization"]["recipe"],
             "packages": {name: version(name) for name in PACKAGES},
         },
         "requires": {"onnxruntime": f">={'.'.join(version('onnxruntime').split('.')[:2])}"},

@@ -1,8 +1,9 @@
 """The report: what training, evaluation and verification found in, the release's folder out.
 
-`report.md` holds the published study's own tables in their own shape, ours
-beside them; `report.html` is the same page; `metrics.json` has every figure;
-README.md is the model card.
+`report.html` is one self-contained page: the published study's own tables in
+their own shape, ours beside them, pictures, slices, and what the model gets
+wrong. `report.md` has the same without pictures; `metrics.json` has every
+figure; README.md is the model card in the hub's format.
 
     python -m build.report --onnx .local/build/onnx --output .local/build/release
 """
@@ -10,65 +11,144 @@ README.md is the model card.
 import argparse
 import html
 import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
+from markupsafe import Markup
 
+from build.export import FP32, PLAIN
+from build.plots import plot_calibration, plot_confusion, plot_f1, plot_latency, plot_precision_recall
 from build.quantize import INT8
-from training.examples import Dataset, Label, read_dataset
+from build.verify import SCORES
+from training.evaluate import HALF, confuse, find_uneventful, match_labels, share_claimed, summarize_scores
+from training.examples import Dataset, Examples, Label, read_dataset
 from training.files import read_json, replace_folder, write_json
 
+TITLE = "심리적 욕구 분류기: 보고서 (release report)"
 STUDY = {"before": (0.3176, 0.1727), "after": (0.8302, 0.8267)}
 """Micro and macro F1 as the published study gives them, on its own unpublished data."""
-PAGE = """<!doctype html>
-<html lang="ko"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; font: 16px/1.6 system-ui, "Noto Sans KR", sans-serif }}
-body {{ max-width: 72rem; margin: 2rem auto; padding: 0 1rem }}
-table {{ border-collapse: collapse; display: block; overflow-x: auto; font-variant-numeric: tabular-nums }}
-td, th {{ border: 1px solid #8886; padding: .2rem .5rem; text-align: left }}
-</style>
-{body}</html>
-"""
+LENGTHS = (0, 15, 30, 60, 120, 300)
+"""Slices by characters begin at these."""
+WRONG_TEXTS = 20
+
+
+@dataclass
+class Section:
+    """One part of the report: Markdown, and a picture where one says more."""
+
+    title: str
+    body: str
+    picture: str = ""
 
 
 def write_release(folder: Path, output: Path, dataset: Dataset, notes: dict[str, Path]) -> str:
     """Fill the folder `output` with all released files but the manifest; returns report.md's text.
 
-    `notes` names evaluation.json, verification.json and training.json where
-    there are any: a checkpoint of one's own comes without training.
+    `notes` names the JSON files of the steps before, where there are any: a
+    checkpoint of one's own comes without training.
     """
     metrics = {name: read_json(path) for name, path in notes.items() if path.exists()}
     metrics["export"] = read_json(folder / "export.json")
-    report = render_report(metrics, dataset)
+    labels = [Label(**label) for label in metrics["export"]["labels"]]
+    matched = match_labels(dataset, labels)
+    sections = list(describe(metrics, labels, dataset))
+    if matched:
+        with np.load(folder / SCORES) as scores:
+            sections += describe_answers(scores["test"], matched.test, [label.name for label in labels])
+    sections += describe_making(metrics)
+    report = "\n\n".join([f"# {TITLE}", *(f"## {section.title}\n\n{section.body}" for section in sections)]) + "\n"
+    templates = _make_templates()
     with replace_folder(output) as new:
         shutil.copyfile(folder / INT8, new / INT8)
         shutil.copyfile(folder / "tokenizer.json", new / "tokenizer.json")
         write_json(new / "metrics.json", metrics)
         (new / "report.md").write_text(report, "utf-8")
-        body = MarkdownIt("commonmark", {"html": False}).enable("table").render(report)
-        (new / "report.html").write_text(PAGE.format(title="심리적 욕구 분류기", body=body), "utf-8")
-        (new / "README.md").write_text(render_card(metrics), "utf-8")
+        page = templates.get_template("report.html.jinja").render(title=TITLE, sections=sections)
+        (new / "report.html").write_text(page, "utf-8")
+        facts = {"made": metrics["export"], "verified": metrics["verification"]}
+        facts["verified"].setdefault("int8", None)
+        card = templates.get_template("card.md.jinja").render(recipe=metrics["quantization"]["recipe"], **facts)
+        (new / "README.md").write_text(card, "utf-8")
     return report
 
 
-def render_report(metrics: dict, dataset: Dataset) -> str:
-    """report.md: sections for what is known, in the order in which a reader asks."""
-    labels = [Label(**label) for label in metrics["export"]["labels"]]
-    sections = ["# 심리적 욕구 분류기: 보고서 (release report)"]
-    if "evaluation" in metrics:
-        sections += [_render_f1(metrics), _render_labels(metrics, labels)]
+def _make_templates() -> Environment:
+    markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=lambda name: bool(name) and ".html" in str(name),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    templates.filters["markdown"] = lambda text: Markup(markdown.render(text))  # which escapes what texts hold
+    return templates
+
+
+def describe(metrics: dict, labels: list[Label], dataset: Dataset) -> Iterator[Section]:
+    """What the model is worth, in the study's own tables and ours."""
+    evaluation, verified = metrics.get("evaluation"), metrics["verification"]
+    if evaluation:
+        yield Section("F1", _describe_f1(evaluation, verified))
+        yield _describe_labels(evaluation, verified, [label.name for label in labels])
         for title, scores in (
-            ("파인튜닝 전 (before fine-tuning)", metrics["evaluation"]["before"].get("probe_scores")),
-            ("파인튜닝 후, INT8 (after fine-tuning, as served)", metrics["verification"].get("probe_scores")),
+            ("파인튜닝 전 (before fine-tuning)", evaluation["before"].get("probe_scores")),
+            ("파인튜닝 후, INT8 (after fine-tuning, as served)", verified.get("probe_scores")),
         ):
             if scores:
-                sections.append(f"## {title}\n\n" + render_probe_table(dataset.probes, scores, labels))
-    sections.append(_render_verification(metrics["verification"]))
-    if "training" in metrics:
-        sections.append(_render_resources(metrics["training"]["resources"]))
-    return "\n\n".join(sections) + "\n"
+                yield Section(title, render_probe_table(dataset.probes, scores, labels))
+    yield Section("검증 (verification)", _describe_verification(verified))
+    yield _describe_latency(verified["latency_ms"])
+
+
+def _describe_f1(evaluation: dict, verified: dict) -> str:
+    part = evaluation["trained_texts"], evaluation["all_texts"]
+    trained = f"{part[0]:,} of {part[1]:,} training texts" if part[0] < part[1] else f"all {part[1]:,} training texts"
+    rows = []
+    for name, key in (
+        ("파인튜닝 전 (before)", "before"),
+        ("문자 n-gram (character n-grams)", "ngrams"),
+        ("인코더만 (encoder alone), PyTorch", "encoder"),
+        ("파인튜닝 후, PyTorch (after)", "after"),
+    ):
+        found = evaluation[key]
+        half, tuned = found["at_half"], found["at_thresholds"]["macro_f1"]
+        figures = (half["micro_f1"], half["macro_f1"], tuned, found["calibration_error"])
+        rows.append([name, *(f"{value:.4f}" for value in figures)])
+    served = verified["int8"], verified["int8_at_thresholds"]["macro_f1"], verified["calibration_error"]
+    figures = (served[0]["micro_f1"], served[0]["macro_f1"], *served[1:])
+    rows.append(["파인튜닝 후, INT8 (as served)", *(f"{value:.4f}" for value in figures)])
+    for name, key in (
+        ("공개 연구: 파인튜닝 전 (the study, before)", "before"),
+        ("공개 연구: 파인튜닝 후 (the study, after)", "after"),
+    ):
+        rows.append([name, *(f"{value:.4f}" for value in STUDY[key]), "", ""])
+    columns = ["", "micro-F1 (0.5)", "macro-F1 (0.5)", "macro-F1 (thresholds)", "calibration error"]
+    return (
+        f"Trained on {trained}; test split of {evaluation['test_texts']} texts; thresholds chosen on the validation "
+        "split. The study's figures are its own, on its own unpublished data. The calibration error is the expected "
+        "one over all decisions; as served, a need weighs more than its absence, so that 0.5 is the best decision "
+        f"for F1, and a score is a little higher than the frequency.\n\n{render_table(columns, rows)}"
+    )
+
+
+def _describe_labels(evaluation: dict, verified: dict, names: list[str]) -> Section:
+    columns = {
+        "전": evaluation["before"]["at_half"]["f1"],
+        "n-gram": evaluation["ngrams"]["at_half"]["f1"],
+        "후 (fp32)": verified["fp32"]["f1"],
+        "후 (INT8)": verified["int8"]["f1"],
+    }
+    rows = [
+        [name, *(f"{column[i]:.3f}" for column in columns.values()), f"{verified['thresholds'][i]:.2f}"]
+        for i, name in enumerate(names)
+    ]
+    table = render_table(["욕구", *columns, "임계값"], rows)
+    return Section("욕구별 F1 (per need, at 0.5)", table, plot_f1(names, columns))
 
 
 def render_probe_table(probes: list[dict], scores: list[list[float]], labels: list[Label]) -> str:
@@ -93,55 +173,16 @@ def _escape(text: str) -> str:
     return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
 
 
-def _render_f1(metrics: dict) -> str:
-    evaluation, verification = metrics["evaluation"], metrics["verification"]
-    part = evaluation["trained_texts"], evaluation["all_texts"]
-    trained = f"{part[0]:,} of {part[1]:,} training texts" if part[0] < part[1] else f"all {part[1]:,} training texts"
-
-    def row(name: str, at_half: dict, at_thresholds: dict | None) -> list[str]:
-        rest = f"{at_thresholds['macro_f1']:.4f}" if at_thresholds else ""
-        return [name, f"{at_half['micro_f1']:.4f}", f"{at_half['macro_f1']:.4f}", rest]
-
-    def evaluated(name: str, key: str) -> list[str]:
-        return row(name, evaluation[key]["at_half"], evaluation[key]["at_thresholds"])
-
-    rows = [
-        evaluated("파인튜닝 전 (before)", "before"),
-        evaluated("문자 n-gram (character n-grams)", "ngrams"),
-        evaluated("파인튜닝 후, PyTorch (after)", "after"),
-        row("파인튜닝 후, INT8 (as served)", verification["int8"], verification["int8_at_thresholds"]),
-    ]
-    for name, key in (
-        ("공개 연구: 파인튜닝 전 (the study, before)", "before"),
-        ("공개 연구: 파인튜닝 후 (the study, after)", "after"),
-    ):
-        micro, macro = STUDY[key]
-        rows.append([name, f"{micro:.4f}", f"{macro:.4f}", ""])
-    table = render_table(["", "micro-F1 (0.5)", "macro-F1 (0.5)", "macro-F1 (thresholds)"], rows)
-    return (
-        f"## F1\n\nTrained on {trained}; test split of {evaluation['test_texts']} texts; thresholds chosen on the "
-        f"validation split. The study's figures are its own, on its own unpublished data.\n\n{table}"
-    )
-
-
-def _render_labels(metrics: dict, labels: list[Label]) -> str:
-    evaluation, verification = metrics["evaluation"], metrics["verification"]
-    columns = [evaluation["before"]["at_half"], evaluation["ngrams"]["at_half"], verification["int8"]]
-    rows = [
-        [label.name, *(f"{column['f1'][i]:.3f}" for column in columns), f"{verification['thresholds'][i]:.2f}"]
-        for i, label in enumerate(labels)
-    ]
-    return "## 욕구별 F1 (per need, at 0.5)\n\n" + render_table(["욕구", "전", "n-gram", "후 (INT8)", "임계값"], rows)
-
-
-def _render_verification(found: dict) -> str:
+def _describe_verification(found: dict) -> str:
     rows = [
         ["PyTorch → ONNX fp32, largest logit difference", f"{found['logit_difference']:.1e}"],
         ["fp32 → INT8, decisions that flip", f"{found['flips']:.2%}"],
         ["INT8 file", f"{found['bytes'] / 1e6:.1f} MB"],
-        ["fused nodes", ", ".join(f"{kind} {count}" for kind, count in found["fused_nodes"].items())],
-        ["median latency of a text, fp32 / INT8", "{fp32:.1f} / {int8:.1f} ms".format(**found["latency_ms"])],
+        ["tokenizer loads in", f"{found['tokenizer_ms']:g} ms"],
     ]
+    if "int8" in found:
+        rows.append(["fp32 → INT8, macro-F1", f"{found['fp32']['macro_f1']:.4f} → {found['int8']['macro_f1']:.4f}"])
+        rows.append(["texts without a need that were given one", f"{found['neutral_claimed']:.1%}"])
     if "probes" in found:
         probes = found["probes"]
         rows += [
@@ -150,38 +191,119 @@ def _render_verification(found: dict) -> str:
             ["mean of their other scores", f"{probes['others_mean']:.3f} (the study: 0.272)"],
             ["other scores at 0.5 or more", f"{probes['others_at_half']} of {probes['others']} (the study: 10 of 90)"],
         ]
-    return "## 검증 (verification)\n\n" + render_table(["", "found"], rows)
+    return render_table(["", "found"], rows)
 
 
-def _render_resources(resources: dict) -> str:
+def _describe_latency(latency_ms: dict[str, dict[str, float]]) -> Section:
+    lengths = list(next(iter(latency_ms.values())))
+    rows = [[name, *(f"{values[length]:.1f}" for length in lengths)] for name, values in latency_ms.items()]
+    table = render_table(["ms a text (median)", *(f"{length} tokens" for length in lengths)], rows)
+    note = "In one run, in turn, one text at a time; `make bench` compares with other engines."
+    return Section("CPU 지연 시간 (latency)", f"{note}\n\n{table}", plot_latency(latency_ms))
+
+
+def describe_answers(probabilities: np.ndarray, test: Examples, names: list[str]) -> Iterator[Section]:
+    """What the served model answers to the test split: [B, L] probabilities in pictures, slices and mistakes."""
+    targets = test.targets
+    yield Section(
+        "정밀도와 재현율 (precision and recall)",
+        "Test split, INT8; the dots are at 0.5.",
+        plot_precision_recall(names, probabilities, targets),
+    )
+    yield Section(
+        "보정 (calibration)",
+        "Test split, INT8, all needs together; the numbers count decisions.",
+        plot_calibration(probabilities, targets),
+    )
+    yield Section(
+        "욕구 간 혼동 (confusion between needs)",
+        "Of the texts that express the row's need, the share given the column's at 0.5; off the diagonal only texts "
+        "that do not express the column's.",
+        plot_confusion(names, confuse(probabilities, targets)),
+    )
+    yield Section("출처별, 길이별 (slices)", _describe_slices(probabilities, test))
+    yield Section("틀린 예 (what it gets wrong)", _describe_mistakes(probabilities, test, names))
+
+
+def _describe_slices(probabilities: np.ndarray, test: Examples) -> str:
+    sources, lengths = np.array(test.sources), np.array([len(text) for text in test.texts])
+    slices = {source or "(no source)": sources == source for source in sorted(set(test.sources))}
+    if uneventful := find_uneventful(test):
+        slices["mostly without a need, together"] = np.isin(np.arange(len(test)), uneventful)
+    for start, end in zip(LENGTHS, [*LENGTHS[1:], None], strict=True):
+        name = f"{start} to {end - 1} characters" if end else f"{start} characters and more"
+        slices[name] = (lengths >= start) & (lengths < (end or np.inf))
+    rows = []
+    for name, inside in slices.items():
+        if not inside.any():
+            continue
+        f1 = summarize_scores(probabilities[inside], test.targets[inside])["micro_f1"]
+        without = int((~(test.targets[inside] >= HALF).any(1)).sum())
+        claimed = f"{share_claimed(probabilities[inside], test.targets[inside]):.0%} of {without}" if without else ""
+        rows.append([name, str(inside.sum()), f"{f1:.3f}", claimed])
+    return render_table(["slice", "texts", "micro-F1 (0.5)", "of those without a need, given one"], rows)
+
+
+def _describe_mistakes(probabilities: np.ndarray, test: Examples, names: list[str]) -> str:
+    wrong = (probabilities >= HALF) != (test.targets >= HALF)  # [B, L]
+    severity = (wrong * np.abs(probabilities - test.targets)).sum(1)
+    rows = []
+    for i in np.argsort(-severity)[:WRONG_TEXTS]:
+        said = [f"{name} {p:.2f}" for name, p in zip(names, probabilities[i], strict=True) if p >= HALF]
+        meant = [name for name, target in zip(names, test.targets[i], strict=True) if target >= HALF]
+        text = test.texts[i] if len(test.texts[i]) <= 120 else test.texts[i][:119] + "…"
+        rows.append([_escape(text), ", ".join(meant) or "–", ", ".join(said) or "–"])
+    right = f"{(~wrong.any(1)).mean():.0%} of the test texts get exactly their needs; these are furthest off."
+    return f"{right}\n\n{render_table(['text', 'expressed', 'claimed'], rows)}"
+
+
+def describe_making(metrics: dict) -> Iterator[Section]:
+    """How the model was made: candidates, recipes, nodes, resources, limits."""
+    if candidates := metrics.get("candidates"):
+        rows = [
+            [one["name"], f"{one['parameters']:,}", f"{one['macro_f1']:.4f}", f"{one['calibration_error']:.4f}"]
+            for one in candidates["candidates"]
+        ]
+        rule = f"Released: **{candidates['chosen']}**, the smallest within {candidates['margin']:.3f} of the best."
+        table = render_table(["candidate", "parameters", "macro-F1 (validation)", "calibration error"], rows)
+        yield Section("후보 (candidates)", f"{rule}\n\n{table}")
+    quantized = metrics["quantization"]
+    rows = [
+        [
+            f"**{row['recipe']}**" if row["recipe"] == quantized["recipe"] else row["recipe"],
+            f"{row['flips']:.2%}",
+            f"{row['macro_f1']:.4f}" if "macro_f1" in row else "",
+            f"{min(row['f1']):.3f}" if "f1" in row else "",
+            f"{row['bytes'] / 1e6:.1f}",
+            f"{row['milliseconds']:.2f}",
+        ]
+        for row in quantized["searched"]
+    ]
+    header = ["recipe", "flips", "macro-F1", "lowest F1 of a need", "MB", "ms a text"]
+    rule = "On the validation split; released is the one with the fewest flips of those small and fast enough."
+    yield Section("INT8 방식 (recipes)", f"{rule}\n\n{render_table(header, rows)}")
+    exported = metrics["export"]
+    fused = ", ".join(f"{kind} {count}" for kind, count in exported["fused_nodes"].items())
+    counts = f"{exported['nodes'][PLAIN]} nodes as exported, {exported['nodes'][FP32]} after fusion ({fused})."
+    yield Section("그래프 (graph)", counts)
+    if "training" in metrics:
+        yield Section("학습 자원 (training)", _describe_resources(metrics["training"]["resources"]))
+    yield Section(
+        "쓰지 말아야 할 곳 (not for)",
+        "Diagnosis, judging a person, or decisions about one: it scores what a text says, learned from synthetic "
+        "texts of a small group of writers, and it errs as the tables show. It knows Korean; other languages and "
+        "quoted speech of others are not what it was made for.",
+    )
+
+
+def _describe_resources(resources: dict) -> str:
     rows = [
         ["wall time", f"{resources['wall_seconds'] / 60:.1f} min"],
         ["CPU time", f"{resources['cpu_seconds'] / 60:.1f} min"],
         ["peak memory", f"{resources['peak_memory_bytes'] / 1e9:.2f} GB"],
         ["trainable / total parameters", f"{resources['trainable_parameters']:,} / {resources['total_parameters']:,}"],
     ]
-    return "## 학습 자원 (training)\n\n" + render_table(["", "used"], rows)
-
-
-def render_card(metrics: dict) -> str:
-    """The model card, with the metadata that a model hub reads."""
-    made = metrics["export"]
-    names = ", ".join(label["name"] for label in made["labels"])
-    base = made["provenance"].get("base", "unknown")
-    return (
-        "---\nlanguage: ko\nlibrary_name: onnx\npipeline_tag: text-classification\n"
-        "tags: [multi-label, psychological-needs, int8]\n---\n\n"
-        f"# Psychological needs in a Korean text\n\nScores from 0 to 1 for {names}, one independent sigmoid each. "
-        f"Base: {base}; INT8 ONNX; one text of up to {made['max_tokens']} tokens a run, unpadded, "
-        f"with the prefix {made['prefix']!r}. `report.md` has the figures.\n\n"
-        "**Not for** diagnosis, for judging a person, or for decisions about one: it scores what a text says, "
-        f"learned from synthetic texts, and it errs{_render_macro_f1(metrics)}.\n"
-    )
-
-
-def _render_macro_f1(metrics: dict) -> str:
-    scores = metrics["verification"].get("int8")
-    return f" (macro-F1 {scores['macro_f1']:.2f} on its test split)" if scores else ""
+    return render_table(["", "used"], rows)
 
 
 def main() -> None:
@@ -192,8 +314,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(".local/build/release"))
     args = parser.parse_args()
     checkpoint = Path(read_json(args.onnx / "export.json")["checkpoint"])
-    notes = {name: checkpoint / f"{name}.json" for name in ("training", "evaluation")}
-    notes["verification"] = args.onnx / "verification.json"
+    notes = {name: checkpoint / f"{name}.json" for name in ("training", "evaluation", "candidates")}
+    notes |= {name: args.onnx / f"{name}.json" for name in ("quantization", "verification")}
     print(write_release(args.onnx, args.output, read_dataset(args.data), notes))
 
 

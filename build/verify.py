@@ -12,6 +12,7 @@ probabilities of the INT8 model itself.
 import argparse
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -19,37 +20,30 @@ import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from build.bench import LENGTHS, list_engines, measure_latency
 from build.export import FP32
-from build.quantize import INT8, RECIPE, optimize_graph
+from build.quantize import INT8, load_classifier, optimize_graph, read_windows, score_texts
 from function.classifier import Classifier
-from training.evaluate import HALF, choose_thresholds, match_labels, summarize_probes, summarize_scores
+from training.evaluate import (
+    HALF,
+    calibration_error,
+    choose_thresholds,
+    match_labels,
+    share_claimed,
+    summarize_probes,
+    summarize_scores,
+)
 from training.examples import Dataset, Label, read_dataset
 from training.files import read_json, write_json
-from training.model import Checkpoint, load_checkpoint
+from training.model import Checkpoint, encoder_of, load_checkpoint
 
-NOTE = "verification.json"
-MAX_WINDOWS = 8
-"""As the function's default."""
+NOTE, SCORES = "verification.json", "scores.npz"
 PARITY_TEXTS = 200
+LATENCY_RUNS = 15
 
 
 class VerificationError(ValueError):
     """The model is not what was promised: it must not be served."""
-
-
-def load_classifier(
-    folder: Path, model: Path, max_tokens: int | None = None, max_windows: int = MAX_WINDOWS
-) -> Classifier:
-    """The function's own classifier on one of the models that were exported into `folder`."""
-    made = read_json(folder / "export.json")
-    return Classifier(
-        model.read_bytes(),
-        (folder / "tokenizer.json").read_bytes(),
-        prefix=made["prefix"],
-        max_tokens=max_tokens or made["max_tokens"],
-        max_windows=max_windows,
-        threads=torch.get_num_threads(),
-    )
 
 
 def verify(folder: Path, dataset: Dataset, bounds: dict[str, float]) -> dict:
@@ -65,28 +59,27 @@ def verify(folder: Path, dataset: Dataset, bounds: dict[str, float]) -> dict:
         optimized = Path(scratch) / FP32
         optimize_graph(folder / FP32, optimized)
         fp32, int8 = load_classifier(folder, optimized), load_classifier(folder, folder / INT8)
-    checkpoint = load_checkpoint(Path(made["checkpoint"]))
+    source = Path(made["checkpoint"])
+    checkpoint = load_checkpoint(source)
     parts = [known.validation.texts, known.test.texts, [probe["text"] for probe in known.probes]]
     exact, quantized = (_score_parts(model, parts, name) for model, name in ((fp32, "fp32"), (int8, "INT8")))
     found = {
         "logit_difference": compare_logits(checkpoint, fp32, known.test.texts[:PARITY_TEXTS]),
         "flips": float(np.mean([(a >= HALF) != (b >= HALF) for a, b in zip(exact[1], quantized[1], strict=True)])),
         "bytes": (folder / INT8).stat().st_size,
-        "recipe": RECIPE,
-        "fused_nodes": made["fused_nodes"],
-        "latency_ms": measure_latency(fp32, int8, known.test.texts),
+        "latency_ms": measure_engines(folder, checkpoint, source, known.validation.texts),
         "tokenizer_ms": measure_tokenizer(folder / "tokenizer.json"),
         "thresholds": [HALF] * len(labels),
     }
     if matched:
         found |= _judge(matched, exact, quantized)
+        np.savez(folder / SCORES, validation=quantized[0], test=quantized[1])
     check_bounds(found, bounds)
     return found
 
 
 def _score_parts(classifier: Classifier, parts: list[list[str]], name: str) -> list[np.ndarray]:
-    texts = [text for part in parts for text in part]
-    scores = np.stack([classifier.score(text) for text in tqdm(texts, name, leave=False)])  # [B, L]
+    scores = score_texts(classifier, [text for part in parts for text in part], name)  # [B, L]
     return np.split(scores, np.cumsum([len(part) for part in parts])[:-1])
 
 
@@ -102,15 +95,18 @@ def compare_logits(checkpoint: Checkpoint, fp32: Classifier, texts: list[str]) -
     return largest
 
 
-def measure_latency(fp32: Classifier, int8: Classifier, texts: list[str], runs: int = 100) -> dict[str, float]:
-    """Median milliseconds a text, both models in turn on the same texts."""
-    times: dict[str, list[float]] = {"fp32": [], "int8": []}
-    for text in texts[:runs]:
-        for name, classifier in (("fp32", fp32), ("int8", int8)):
-            started = time.perf_counter()
-            classifier.score(text)
-            times[name].append((time.perf_counter() - started) * 1000)
-    return {name: round(float(np.median(values)), 2) for name, values in times.items()}
+def measure_engines(
+    folder: Path, checkpoint: Checkpoint, source: Path, texts: list[str]
+) -> dict[str, dict[int, float]]:
+    """Median milliseconds of a run in each engine that needs no environment of its own, by tokens."""
+    limit = min(checkpoint.max_tokens, encoder_of(checkpoint.model).config.max_position_embeddings - 2)
+    lengths = [length for length in LENGTHS if length <= limit]
+    engines = [engine for engine in list_engines(source, folder) if engine.kind != "torch-compiled"]
+    with ExitStack() as running:
+        for engine in engines:
+            running.enter_context(engine.started(torch.get_num_threads()))
+        measure_latency(engines, read_windows(folder, texts), lengths, LATENCY_RUNS)
+    return {engine.name: {n: round(engine.median(n), 2) for n in lengths} for engine in engines}
 
 
 def measure_tokenizer(path: Path, runs: int = 5) -> float:
@@ -130,6 +126,8 @@ def _judge(dataset: Dataset, exact: list[np.ndarray], quantized: list[np.ndarray
         "int8": summarize_scores(quantized[1], dataset.test.targets),
         "int8_at_thresholds": summarize_scores(quantized[1], dataset.test.targets, thresholds),
         "thresholds": [float(threshold) for threshold in thresholds],
+        "calibration_error": calibration_error(quantized[1], dataset.test.targets),
+        "neutral_claimed": share_claimed(quantized[1], dataset.test.targets),
     }
     judged["macro_f1_loss"] = judged["fp32"]["macro_f1"] - judged["int8"]["macro_f1"]
     if dataset.probes:

@@ -79,7 +79,8 @@ def write_known(folder: Path, strength: float = 1.0, work: int = 0) -> bytes:
     make_tokenizer().save(str(folder / "tokenizer.json"))
     made = {"labels": LABELS, "max_tokens": MAX_TOKENS, "prefix": "", "provenance": {"base": "known"}}
     verified = {"thresholds": [0.5] * len(LABELS), "flips": 0.0, "logit_difference": 0.0}
-    write_json(folder / "metrics.json", {"export": made, "verification": verified})
+    quantized = {"recipe": "none"}
+    write_json(folder / "metrics.json", {"export": made, "verification": verified, "quantization": quantized})
     return write_manifest(folder)
 
 

@@ -327,8 +327,8 @@ def fresh(folder: Path) -> Path:
 
 def measure_first_answer(
     source: str, environment: dict[str, str], prefix: list[str], body: dict, log: Path | None = None
-) -> float:
-    """Seconds from a functions-framework process's start to its first answer."""
+) -> tuple[float, float]:
+    """Seconds from a functions-framework process's start to its first answer, and megabytes resident after it."""
     port = local.free_port()
     framework = str(Path(sys.executable).with_name("functions-framework"))
     command = [*prefix, framework, "--target", "needs", "--source", source, "--host", "127.0.0.1", "--port", str(port)]
@@ -343,7 +343,8 @@ def measure_first_answer(
                 time.sleep(0.002)
                 continue
             if status == 200:
-                return time.monotonic() - began
+                took = time.monotonic() - began
+                return took, local.resident_megabytes(f"http://127.0.0.1:{port}")
         raise TimeoutError(f"{source}: expected an answer within 120 s")
     finally:
         process.terminate()
@@ -387,32 +388,34 @@ def prove_cold_start(bucket: str, uri: str, runs: int, folder: Path) -> dict:
     twins = str(ROOT / "tests" / "twins")
     our_main, parts = str(ROOT / "main.py"), list[dict[str, float]]()
 
-    def measure_ours(settings: dict[str, str], prefix: list[str]) -> float:
+    def measure_ours(settings: dict[str, str], prefix: list[str]) -> tuple[float, float]:
         log = folder / "cold.log"
         took = measure_first_answer(our_main, {**settings, "CACHE_DIR": str(fresh(folder))}, prefix, FIRST, log)
         parts.append(read_parts(log))
         return took
 
-    kinds: dict[str, Callable[[], float]] = {
+    kinds: dict[str, Callable[[], tuple[float, float]]] = {
         "hello": lambda: measure_first_answer(f"{twins}/hello.py", {}, [], {}),
         "ours": lambda: measure_ours(ours, []),
         "plain": lambda: measure_first_answer(f"{twins}/plain.py", {**ours, "BUCKET": local.BUCKET}, [], FIRST),
     }
-    took: dict[str, list[float]] = {kind: [] for kind in kinds}
+    took: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
     for _ in range(runs):
         for kind, measure in kinds.items():
             took[kind].append(measure())
-    medians = {kind: statistics.median(values) for kind, values in took.items()}
+    medians = {kind: statistics.median(seconds for seconds, _ in values) for kind, values in took.items()}
+    memory = {kind: statistics.median(megabytes for _, megabytes in values) for kind, values in took.items()}
     loads = {name: statistics.median(part[name] for part in parts) for name in parts[0]}
     bare = [measure_seconds([sys.executable, "-c", "pass"]) for _ in range(runs)]
     distant, rounds = [], []
     for _ in range(max(1, runs // 3)):
         with run_proxy(bucket, delay_seconds=0.025, bytes_per_second=50e6) as proxy:
-            distant.append(measure_ours({**ours, "STORAGE_EMULATOR_HOST": proxy.address}, ["taskset", "-c", "0"]))
+            distant.append(measure_ours({**ours, "STORAGE_EMULATOR_HOST": proxy.address}, ["taskset", "-c", "0"])[0])
             rounds.append(proxy.count_in_a_row())
     return {
         "runs": runs,
         **{f"{kind}_seconds": value for kind, value in medians.items()},
+        **{f"{kind}_mb": value for kind, value in memory.items()},
         "times_hello": medians["ours"] / medians["hello"],
         "times_faster_than_plain": medians["plain"] / medians["ours"],
         "interpreter_ms": 1000 * statistics.median(bare),

@@ -56,6 +56,31 @@ def calibration_error(probabilities: np.ndarray, targets: np.ndarray, bins: int 
     return float(sum(misses) / len(p))
 
 
+def share_claimed(probabilities: np.ndarray, targets: np.ndarray) -> float:
+    """The share of texts without any need that [B, L] probabilities give one at 0.5; 0 where there are none."""
+    neutral = ~(targets >= HALF).any(1)
+    return float((probabilities[neutral] >= HALF).any(1).mean()) if neutral.any() else 0.0
+
+
+def find_uneventful(examples: Examples) -> list[int]:
+    """The texts of those sources most of whose texts carry no need."""
+    without = ~(examples.targets >= HALF).any(1)
+    sources = np.array(examples.sources)
+    quiet = [source for source in set(examples.sources) if source and without[sources == source].mean() > HALF]
+    return [int(i) for i in np.flatnonzero(np.isin(sources, quiet))]
+
+
+def confuse(probabilities: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """[L, L]: of the texts that express a row's need, the share given the column's; off the diagonal, wrongly."""
+    claimed, there = probabilities >= HALF, targets >= HALF  # [B, L]
+    shares = np.zeros((there.shape[1], there.shape[1]))
+    for i, expressing in enumerate(there.T):
+        for j in range(len(shares)):
+            among = expressing if i == j else expressing & ~there[:, j]
+            shares[i, j] = claimed[among, j].mean() if among.any() else 0.0
+    return shares
+
+
 def choose_thresholds(probabilities: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """The [L] thresholds with the highest F1 each; of equals the one nearest to 0.5."""
     chosen = []
@@ -106,17 +131,27 @@ def match_labels(dataset: Dataset, labels: list[Label]) -> Dataset | None:
 def evaluate(base: Path, checkpoint: Checkpoint, dataset: Dataset) -> dict:
     """Metrics on the test split and probe scores of the base, the checkpoint and the n-grams."""
     made = checkpoint.provenance
-    before = new_checkpoint(base, dataset.labels, checkpoint.max_tokens, made["seed"])
+    before = new_checkpoint(base, dataset.labels, checkpoint.max_tokens, made["seed"], made["layers"])
     train = dataset.train.part(made["trained_texts"], made["seed"])
-    print(f"evaluating on {len(dataset.test)} texts: before, after, n-grams …", flush=True)
+    print(f"evaluating on {len(dataset.test)} texts: before, encoder alone, after, n-grams …", flush=True)
     return {
         "before": _evaluate_checkpoint(before, dataset),
+        "encoder": evaluate_encoder(checkpoint, dataset),
         "after": _evaluate_checkpoint(checkpoint, dataset),
         "ngrams": _describe(*predict_baseline(train, [dataset.validation.texts, dataset.test.texts]), dataset),
         "trained_texts": len(train),
         "all_texts": len(dataset.train),
         "test_texts": len(dataset.test),
     }
+
+
+def evaluate_encoder(checkpoint: Checkpoint, dataset: Dataset) -> dict:
+    """The same of the encoder and its head alone, before n-grams and their stacking."""
+    wide, checkpoint.model.wide = checkpoint.model.wide, None
+    try:
+        return _evaluate_checkpoint(checkpoint, dataset)
+    finally:
+        checkpoint.model.wide = wide
 
 
 def _evaluate_checkpoint(checkpoint: Checkpoint, dataset: Dataset) -> dict:
@@ -134,6 +169,7 @@ def _describe(validation: np.ndarray, test: np.ndarray, dataset: Dataset) -> dic
     thresholds = choose_thresholds(validation, dataset.validation.targets)
     return {
         "at_half": summarize_scores(test, dataset.test.targets),
+        "calibration_error": calibration_error(test, dataset.test.targets),
         "thresholds": [float(threshold) for threshold in thresholds],
         "at_thresholds": summarize_scores(test, dataset.test.targets, thresholds),
     }
@@ -155,9 +191,10 @@ def main() -> None:
         raise SystemExit(f"{args.data}: expected the checkpoint's labels, found others; name its own data")
     result = evaluate(args.base, checkpoint, dataset)
     write_json(args.checkpoint / "evaluation.json", result)
-    for name in ("before", "after", "ngrams"):
-        half = result[name]["at_half"]
-        print(f"{name:7} macro-F1 {half['macro_f1']:.4f}, micro-F1 {half['micro_f1']:.4f} at 0.5 on the test split")
+    for name in ("before", "encoder", "after", "ngrams"):
+        half, error = result[name]["at_half"], result[name]["calibration_error"]
+        f1 = f"macro-F1 {half['macro_f1']:.4f}, micro-F1 {half['micro_f1']:.4f} at 0.5"
+        print(f"{name:7} {f1}, calibration error {error:.4f} on the test split")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
-from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from training.evaluate import sigmoid, summarize_scores
@@ -54,8 +54,9 @@ from training.model import (
 from training.wide import fit_ngrams
 
 STRATEGIES = ("partial", "lora", "full")
-PARAMETERS = ("strategy", "frozen_layers", "epochs", "learning_rate", "batch_size", "token_dropout", "joined")
-"""The options that a release's provenance names."""
+PARAMETERS = ("strategy", "layers", "frozen_layers", "epochs", "learning_rate", "batch_size", "token_dropout", "joined")
+PARAMETERS += ("trust", "unlabelled")
+"""The options that a release's provenance names; the last two are those of `training.distill`."""
 HEAD_RATE = 10
 """The head learns this many times faster than the pretrained layers."""
 LORA_RANK = 16
@@ -63,7 +64,9 @@ PROBE_ROWS = 2000
 PROBE_C = 0.02
 """Inverse strength of the probe's L2 penalty, on standardized features."""
 BUCKET_BATCHES = 50
-"""Texts are sorted by length within this many batches, and the batches then shuffled."""
+"""Texts are sorted by length within this many batches, and the batches then shuffled; 1 does not sort."""
+PATIENCE = 2
+"""Epochs without a better macro-F1 on validation after which training ends."""
 KIB = 1024 if sys.platform != "darwin" else 1
 """ru_maxrss counts KiB on Linux, bytes on macOS."""
 
@@ -76,19 +79,22 @@ def finetune(base: Path, dataset: Dataset, output: Path, options: argparse.Names
     machine give the same weights.
     """
     started = time.monotonic(), time.process_time()
-    checkpoint = new_checkpoint(base, dataset.labels, options.max_tokens, options.seed)
+    checkpoint = new_checkpoint(base, dataset.labels, options.max_tokens, options.seed, options.layers)
     train = dataset.train.part(options.rows or len(dataset.train), options.seed)
     fit_head(checkpoint, train.part(PROBE_ROWS, options.seed))
     checkpoint.model.encoder = adapt(checkpoint.model.encoder, options.strategy, options.frozen_layers)
     state = output.with_name(output.name + "-training")
+    varied = _Varied(checkpoint, train, options.token_dropout, options.joined)
     trainer = _BucketTrainer(
+        _BucketSampler(varied, options.batch_size, options.bucket_batches, options.seed),
         model=checkpoint.model,
         args=_training_arguments(state, len(train), options),
-        train_dataset=_Varied(checkpoint, train, options.token_dropout, options.joined),
+        train_dataset=varied,
         eval_dataset=sorted(_to_items(checkpoint, dataset.validation), key=lambda item: len(item["input_ids"])),
         data_collator=_collate,
         compute_metrics=_macro_f1,
         optimizers=(_optimizer(checkpoint.model, options.learning_rate), None),
+        callbacks=[EarlyStoppingCallback(PATIENCE)],
     )
     trainer.train(resume_from_checkpoint=_resumable(state, base, options))
     checkpoint.model.cpu()
@@ -97,18 +103,8 @@ def finetune(base: Path, dataset: Dataset, output: Path, options: argparse.Names
         checkpoint.model.encoder = checkpoint.model.encoder.merge_and_unload()
     add_wide_branch(checkpoint, train, dataset.validation)
     if trainer.is_world_process_zero():
-        checkpoint.provenance |= {"trained_texts": len(train), "all_texts": len(dataset.train)} | {
-            name: getattr(options, name)
-            for name in (
-                "strategy",
-                "frozen_layers",
-                "epochs",
-                "learning_rate",
-                "batch_size",
-                "token_dropout",
-                "joined",
-            )
-        }
+        checkpoint.provenance |= {"trained_texts": len(train), "all_texts": len(dataset.train)}
+        checkpoint.provenance |= {name: value for name, value in vars(options).items() if name in PARAMETERS}
         save_checkpoint(checkpoint, output)
         resources |= _resources(*started)
         write_json(output / "training.json", {"resources": resources, "history": trainer.state.log_history})
@@ -201,8 +197,9 @@ class _Varied(TorchDataset[dict]):
 class _BucketSampler(Sampler[int]):
     """Random batches of texts of like length: little padding to compute, and no order by length to learn."""
 
-    def __init__(self, items: _Varied, batch_size: int, seed: int):
+    def __init__(self, items: _Varied, batch_size: int, bucket_batches: int, seed: int):
         self._items, self._batch_size, self._seed, self._epoch = items, batch_size, seed, 0
+        self._bucket = batch_size * bucket_batches
 
     def __len__(self) -> int:
         return len(self._items)
@@ -216,7 +213,7 @@ class _BucketSampler(Sampler[int]):
         lengths = self._items.begin_epoch(np.random.default_rng((self._seed, self._epoch, 1)))
         order = random.permutation(len(self))
         size = self._batch_size
-        buckets = [order[at : at + size * BUCKET_BATCHES] for at in range(0, len(order), size * BUCKET_BATCHES)]
+        buckets = [order[at : at + self._bucket] for at in range(0, len(order), self._bucket)]
         sorted_ = [i for bucket in buckets for i in sorted(bucket, key=lambda i: lengths[i])]
         batches = [sorted_[at : at + size] for at in range(0, len(sorted_), size)]
         last = [batches.pop()] if len(batches[-1]) < size else []  # a short batch must stay the last
@@ -225,9 +222,12 @@ class _BucketSampler(Sampler[int]):
 
 
 class _BucketTrainer(Trainer):
+    def __init__(self, sampler: _BucketSampler, **rest):
+        super().__init__(**rest)
+        self._sampler = sampler
+
     def _get_train_sampler(self, train_dataset: _Varied | None = None) -> _BucketSampler:
-        items = self.train_dataset if train_dataset is None else train_dataset
-        return _BucketSampler(items, self.args.train_batch_size, self.args.seed)
+        return self._sampler
 
 
 def _optimizer(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
@@ -302,13 +302,14 @@ def _resources(wall_start: float, cpu_start: float) -> dict[str, float]:
     }
 
 
-def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line; defaults are the study's strategy on this data."""
-    parser = argparse.ArgumentParser(description="Fine-tune a base encoder on labelled texts.")
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """The command line that `training.distill` shares; the defaults are what `training.study` found best."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--base", type=Path, default=Path(".local/build/trimmed"))
     parser.add_argument("--data", type=Path, default=Path("training/data"))
     parser.add_argument("--output", type=Path, default=Path(".local/build/checkpoint"))
     parser.add_argument("--strategy", choices=STRATEGIES, default="partial")
+    parser.add_argument("--layers", type=int, default=0, help="keep the base's lowest N; 0 is all")
     parser.add_argument("--frozen-layers", type=int, help="with partial: the lowest N; a third unless told")
     parser.add_argument("--epochs", type=float, default=5.0)
     parser.add_argument("--rows", type=int, default=0, help="train on a random part of this many texts; 0 is all")
@@ -316,9 +317,15 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--token-dropout", type=float, default=0.1, help="share of tokens left out in training")
     parser.add_argument("--joined", type=float, default=0.0, help="share of texts joined with another in training")
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--bucket-batches", type=int, default=BUCKET_BATCHES, help="sort lengths within; 1: do not")
     parser.add_argument("--max-tokens", type=int, default=DEFAULT_MAX_TOKENS)
     parser.add_argument("--seed", type=int, default=1)
-    return parser.parse_args(arguments)
+    return parser
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options of one run."""
+    return make_parser("Fine-tune a base encoder on labelled texts.").parse_args(arguments)
 
 
 def main() -> None:

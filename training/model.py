@@ -38,18 +38,24 @@ class NeedsClassifier(nn.Module):
         self.wide = wide
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor | None = None
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, labels: torch.Tensor | None = None
     ) -> SequenceClassifierOutput:
-        """int64 [B, T] ids and mask to float32 [B, L] logits, and the loss where targets [B, L] are given."""
+        """int64 [B, T] ids and mask to float32 [B, L] logits, and the loss where targets [B, L] are given.
+
+        Without a mask nothing is padding.
+        """
         logits = self.head(self.pool(input_ids, attention_mask))  # [B, H] -> [B, L]
         if self.wide:
             logits = self.wide(logits, input_ids, attention_mask)
         loss = None if labels is None else nn.functional.binary_cross_entropy_with_logits(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
-    def pool(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def pool(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """float32 [B, H]: the mean of each text's token states, its padding left out."""
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # [B, T, H]
+        given = torch.ones_like(input_ids) if attention_mask is None else attention_mask  # fusion looks for a mask
+        hidden = self.encoder(input_ids=input_ids, attention_mask=given).last_hidden_state  # [B, T, H]
+        if attention_mask is None:
+            return hidden.mean(1)
         mask = attention_mask.unsqueeze(-1).to(hidden.dtype)  # [B, T, 1]
         return (hidden * mask).sum(1) / mask.sum(1)
 
@@ -73,17 +79,32 @@ def load_encoder(folder: Path) -> nn.Module:
     return AutoModel.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32, **without)
 
 
+def encoder_of(model: nn.Module) -> nn.Module:
+    """The encoder of a classifier, ours or a `…ForSequenceClassification`."""
+    return model.encoder if hasattr(model, "encoder") else model.base_model
+
+
 def encoder_layers(encoder: nn.Module) -> nn.ModuleList:
     """The encoder's layers from the lowest, in BERT, XLM-R and DistilBERT alike."""
     stack = encoder.transformer if hasattr(encoder, "transformer") else encoder.encoder
     return stack.layer
 
 
-def new_checkpoint(base: Path, labels: list[Label], max_tokens: int, seed: int) -> Checkpoint:
-    """A base encoder (a folder of `training.bases`) under a new, random head."""
+def keep_layers(encoder: nn.Module, count: int) -> None:
+    """Leave the encoder its lowest `count` layers, in place; 0 or as many as it has leaves all."""
+    layers = encoder_layers(encoder)
+    if not 0 <= count <= len(layers):
+        raise ValueError(f"layers: expected 0 (all) to {len(layers)}, found {count}; the base has no more")
+    del layers[count or len(layers) :]
+    encoder.config.num_hidden_layers = len(layers)  # DistilBERT's n_layers goes by this name too
+
+
+def new_checkpoint(base: Path, labels: list[Label], max_tokens: int, seed: int, layers: int = 0) -> Checkpoint:
+    """A base encoder (a folder of `training.bases`), its lowest `layers` or all, under a new, random head."""
     torch.manual_seed(seed)
     known = read_json(base / "base.json")
     model = NeedsClassifier(load_encoder(base), len(labels))
+    keep_layers(model.encoder, layers)
     tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
     return Checkpoint(model, tokenizer, labels, known["prefix"], max_tokens, {**known, "seed": seed})
 

@@ -3,9 +3,12 @@
 Each run is `training.finetune` in a process of its own, so that its memory is
 its own; one that is done is not done again. Judged on validation, where choices
 are made: micro and macro F1 at 0.5, expected calibration error, time, peak
-memory, parameters.
+memory, parameters. `partial-6` is `partial` on the lowest six layers; with
+`--untrimmed`, `full` runs once more on the base's whole vocabulary and without
+sorting by length, to show what these two save.
 
-    python -m training.study --strategies partial,lora,full --seeds 1,2,3
+    python -m training.study --strategies partial,partial-6,lora,full --seeds 1,2,3
+    python -m training.study --strategies full --seeds 1 --rows 600 --epochs 1 --untrimmed .local/build/base
 """
 
 import argparse
@@ -29,11 +32,15 @@ RATES = {"lora": 5e-4}
 
 
 def run_strategy(strategy: str, seed: int, dataset: Dataset, folder: Path, options: list[str]) -> dict:
-    """Fine-tune into `folder`, unless that was done, and judge on validation."""
+    """Fine-tune into `folder`, unless that was done, and judge on validation.
+
+    `strategy` may end in the number of layers to keep: "partial-6".
+    """
     if not (folder / "training.json").exists():
-        command = [sys.executable, "-m", "training.finetune", "--strategy", strategy, "--seed", str(seed)]
-        rate = ["--learning-rate", str(RATES[strategy])] if strategy in RATES else []
-        subprocess.run([*command, "--output", str(folder), *rate, *options], check=True)
+        name, _, layers = strategy.partition("-")
+        command = [sys.executable, "-m", "training.finetune", "--strategy", name, "--layers", layers or "0"]
+        rate = ["--learning-rate", str(RATES[name])] if name in RATES else []
+        subprocess.run([*command, "--seed", str(seed), "--output", str(folder), *rate, *options], check=True)
     checkpoint = load_checkpoint(folder)
     scores = sigmoid(predict_logits(checkpoint, dataset.validation.texts))
     return {**judge(scores, dataset), **read_json(folder / "training.json")["resources"]}
@@ -75,6 +82,16 @@ def make_table(found: dict[str, list[dict]]) -> Table:
     return table
 
 
+def compare_costs(ours: list[dict], whole: list[dict]) -> str:
+    """By how much trimming and sorting by length cut the time and memory of the same training."""
+    shares = {
+        what: float(np.mean([run[key] for run in ours]) / np.mean([run[key] for run in whole]))
+        for what, key in (("time", "wall_seconds"), ("peak memory", "peak_memory_bytes"))
+    }
+    parts = " and ".join(f"{share:.0%} of the {what}" for what, share in shares.items())
+    return f"full, trimmed and sorted by length: {parts} of the same run without"
+
+
 def main() -> None:
     """Run what is not done yet, and print the table after each run."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -85,6 +102,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--rows", type=int, default=0, help="train on a random part of this many texts; 0 is all")
     parser.add_argument("--epochs", type=float, default=5.0)
+    parser.add_argument("--untrimmed", type=Path, help="the base before trimming: `full` runs on it too, unsorted")
     args = parser.parse_args()
     console, dataset = Console(), read_dataset(args.data)
     options = ["--base", str(args.base), "--data", str(args.data), "--rows", str(args.rows)]
@@ -92,14 +110,18 @@ def main() -> None:
     found: dict[str, list[dict]] = {
         name: [judged] for name, judged in run_rivals(args.base, dataset, args.rows).items()
     }
-    for strategy in args.strategies.split(","):
+    runs = [(strategy, strategy, options) for strategy in args.strategies.split(",")]
+    if args.untrimmed:
+        whole = [*options, "--base", str(args.untrimmed), "--bucket-batches", "1"]
+        runs.append(("full, untrimmed and unsorted", "full", whole))
+    for name, strategy, chosen in runs:
         for seed in map(int, args.seeds.split(",")):
-            judged = run_strategy(
-                strategy, seed, dataset, args.output / f"{strategy}-{seed}-{args.rows}-{args.epochs:g}", options
-            )
-            found.setdefault(strategy, []).append(judged)
+            folder = args.output / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}-{args.rows}-{args.epochs:g}"
+            found.setdefault(name, []).append(run_strategy(strategy, seed, dataset, folder, chosen))
             write_json(args.output / "study.json", found)
             console.print(make_table(found))
+    if args.untrimmed:
+        console.print(compare_costs(found["full"], found[runs[-1][0]]))
 
 
 if __name__ == "__main__":

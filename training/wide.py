@@ -45,16 +45,19 @@ class WideBranch(nn.Module):
         """How much the encoder's and the n-grams' logits count."""
         self.bias = nn.Buffer(torch.zeros(labels))
 
-    def forward(self, logits: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, logits: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
         """float32 [B, L] logits of the encoder, and its int64 [B, T] ids and mask, to float32 [B, L] logits."""
         return self.scale[0] * logits + self.scale[1] * self.score(input_ids, attention_mask) + self.bias
 
-    def score(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def score(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """float32 [B, L]: the n-grams' own logits, their bias left to the sum."""
-        pairs = attention_mask[:, 1:]  # a pair is there where its second token is
         rows = torch.cat([input_ids, hash_pairs(input_ids[:, :-1], input_ids[:, 1:])], 1)  # [B, 2T-1]
-        there = torch.cat([attention_mask, pairs], 1).unsqueeze(-1)  # [B, 2T-1, 1]
-        summed = (self.table[rows] * there).sum(1)  # [B, L+1]
+        found = self.table[rows]  # [B, 2T-1, L+1]
+        if attention_mask is not None:  # a pair is there where its second token is
+            found = found * torch.cat([attention_mask, attention_mask[:, 1:]], 1).unsqueeze(-1)
+        summed = found.sum(1)  # [B, L+1]
         return summed[:, :-1] / summed[:, -1:].clamp_min(SMALLEST).sqrt()
 
     def weigh(self, deep: np.ndarray, ngrams: np.ndarray, targets: np.ndarray) -> None:
