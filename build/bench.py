@@ -112,7 +112,7 @@ def make_distilbert(labels: int, checkpoint: Checkpoint, folder: Path) -> None:
     encoder = DistilBertModel._from_config(
         DistilBertConfig(vocab_size=DISTILBERT_PIECES), attn_implementation="eager", dtype=torch.float32
     )
-    model = NeedsClassifier(encoder, labels, WideBranch(labels)).eval()
+    model = NeedsClassifier(encoder, labels).eval()
     made = Checkpoint(model, checkpoint.tokenizer, checkpoint.labels, "", checkpoint.max_tokens, {})
     save_checkpoint(made, folder)
     trace(made, folder / PLAIN)

@@ -5,7 +5,8 @@ Font License) comes from the package koreanize-matplotlib.
 """
 
 import io
-from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
@@ -17,8 +18,9 @@ from training.evaluate import HALF
 
 mpl.rcParams.update({"svg.fonttype": "path", "svg.hashsalt": "needs", "font.family": "NanumGothic", "font.size": 10})
 mpl.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.unicode_minus": False})
-for _weight in ("NanumGothic", "NanumGothicBold"):
-    font_manager.fontManager.addfont(str(files("koreanize_matplotlib") / "fonts" / f"{_weight}.ttf"))
+# found, not imported: its import needs setuptools
+_FONTS = Path(find_spec("koreanize_matplotlib").origin).with_name("fonts")
+font_manager.fontManager.addfont(_FONTS / "NanumGothic.ttf")
 
 BINS = 10
 FEWEST = 5

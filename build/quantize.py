@@ -121,7 +121,7 @@ def quantize(source: Path, output: Path, windows: list[np.ndarray], max_tokens: 
     window has more than `max_tokens`. Raises ValueError where nothing was quantized.
     """
     model = onnx.load(source)
-    halve_wide_table(model.graph)
+    shrink_wide_table(model.graph)
     products = find_ffn_products(model.graph)
     if recipe.alpha is not None:
         smooth_channels(model, find_products(model.graph) if recipe.everywhere else products, windows, recipe.alpha)
@@ -177,16 +177,22 @@ def _is_small(node: onnx.NodeProto, graph: onnx.GraphProto) -> bool:
     return any("wide" in name for name in node.input) or (node.op_type == "Gemm" and max(sizes, default=0) < SMALL)
 
 
-def halve_wide_table(graph: onnx.GraphProto) -> None:
-    """Keep the n-grams' table in 16-bit floats, in place: it is looked up, never multiplied."""
-    for node in list(graph.node):
-        tensor = next((t for t in graph.initializer if node.op_type == "Gather" and t.name == node.input[0]), None)
-        if tensor is not None and "wide" in tensor.name:
-            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
-            found, half = node.output[0], f"{node.output[0]}_half"
-            node.output[0] = half
-            cast = helper.make_node("Cast", [half], [found], name=half, to=TensorProto.FLOAT)
-            graph.node.insert(list(graph.node).index(node) + 1, cast)
+def shrink_wide_table(graph: onnx.GraphProto) -> None:
+    """Keep the n-grams' table [rows, L+1] as int8 with a scale a column, in place: it is looked up, then summed."""
+    tensors = {tensor.name: tensor for tensor in graph.initializer if "wide" in tensor.name}
+    for node in [node for node in graph.node if node.op_type == "Gather" and node.input[0] in tensors]:
+        tensor, found = tensors[node.input[0]], node.output[0]
+        if tensor.data_type != TensorProto.FLOAT:
+            continue  # the spelling
+        table = numpy_helper.to_array(tensor)
+        scales = np.maximum(np.abs(table).max(0) / 127, SMALLEST).astype(np.float32)  # [L+1]
+        tensor.CopyFrom(numpy_helper.from_array(np.round(table / scales).astype(np.int8), tensor.name))
+        graph.initializer.append(numpy_helper.from_array(scales, f"{tensor.name}_scales"))
+        steps, floats = f"{found}_steps", f"{found}_floats"
+        node.output[0] = steps
+        at = list(graph.node).index(node) + 1
+        graph.node.insert(at, helper.make_node("Mul", [floats, f"{tensor.name}_scales"], [found], name=found))
+        graph.node.insert(at, helper.make_node("Cast", [steps], [floats], name=floats, to=TensorProto.FLOAT))
 
 
 def find_ffn_products(graph: onnx.GraphProto) -> list[onnx.NodeProto]:

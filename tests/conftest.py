@@ -144,6 +144,8 @@ def pipeline(tiny_bases, tiny_data, tmp_path_factory):
         "_BASE": f"dir:{tiny_bases['bert']}",
         "_DATA": str(tiny_data),
         "_EPOCHS": "1",
+        "_STUDENT_LAYERS": "1",
+        "_STUDENT_EPOCHS": "1",
     }
     given |= {"_MAX_FLIPS": "1", "_MAX_F1_LOSS": "1"}  # an untrained model's decisions hang on nothing
     steps, values = local.read_pipeline(root / "cloudbuild.yaml", given)

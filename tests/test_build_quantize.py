@@ -19,7 +19,7 @@ from build.quantize import (
 from training.bases import fetch_base
 from training.examples import read_labels
 from training.model import load_checkpoint, new_checkpoint, save_checkpoint
-from training.wide import WideBranch
+from training.wide import WideBranch, spell_pieces
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +34,7 @@ def exported(tiny_bases, tiny_data, tmp_path_factory):
     fetch_base(f"dir:{tiny_bases['bert']}", folder / "base", folder)
     labels = read_labels(tiny_data / "labels.json")
     checkpoint = new_checkpoint(folder / "base", labels, MAX_TOKENS, seed=1)
-    checkpoint.model.wide = WideBranch(len(labels))
+    checkpoint.model.wide = WideBranch(len(labels), spell_pieces(checkpoint.tokenizer))
     for layer in checkpoint.model.encoder.encoder.layer:
         layer.intermediate.dense.weight.data[:3] *= 300
     save_checkpoint(checkpoint, folder / "checkpoint")

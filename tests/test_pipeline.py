@@ -178,7 +178,9 @@ def test_killing_an_upload_leaves_the_bucket_serving_what_it_served(released, tm
         (tmp_path / name).write_bytes(b"x" * 5_000_000)
     export = {"labels": [{"name": "a", "id": "a"}], "max_tokens": 64, "prefix": "", "provenance": {}}
     verification = {"thresholds": [0.5], "flips": 0.0, "logit_difference": 0.0}
-    write_json(tmp_path / "metrics.json", {"export": export, "verification": verification})
+    write_json(
+        tmp_path / "metrics.json", {"export": export, "verification": verification, "quantization": {"recipe": "none"}}
+    )
     environment = {**os.environ, "STORAGE_EMULATOR_HOST": released}
     for seconds in (0.5, 2, 2.5, 3):
         process = subprocess.Popen([*command, "--release", str(tmp_path)], env=environment, stderr=subprocess.DEVNULL)

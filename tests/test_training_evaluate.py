@@ -1,8 +1,16 @@
 import numpy as np
 
 from training.baseline import predict_static
-from training.evaluate import calibration_error, choose_thresholds, summarize_probes, summarize_scores
-from training.examples import Label
+from training.evaluate import (
+    calibration_error,
+    choose_thresholds,
+    confuse,
+    find_uneventful,
+    share_claimed,
+    summarize_probes,
+    summarize_scores,
+)
+from training.examples import Examples, Label
 
 P = np.array([[0.9, 0.2], [0.6, 0.7], [0.4, 0.8], [0.1, 0.1]])
 T = np.array([[1, 0], [0, 1], [1, 1], [0, 0]], np.float32)
@@ -47,3 +55,21 @@ def test_the_static_rival_tells_texts_by_their_tokens():
     (scores,) = predict_static(embeddings, train, targets, [[[1, 2], [4, 2], [3]]])
     assert scores[0, 0] > 0.5 > scores[1, 0]
     assert list(scores[:, 1]) == [0, 0, 0]
+
+
+def test_a_text_without_a_need_that_is_given_one_is_counted():
+    targets = np.array([[0, 0], [0, 0], [1, 0], [0, 1]], np.float32)
+    assert share_claimed(np.array([[0.6, 0.1], [0.1, 0.2], [0.1, 0.9], [0.9, 0.9]]), targets) == 0.5
+    assert share_claimed(P[:1], T[:1]) == 0.0
+
+
+def test_uneventful_are_the_sources_mostly_without_a_need():
+    targets = np.array([[0], [0], [1], [0], [1], [1]], np.float32)
+    examples = Examples(list("abcdef"), targets, ["diary", "diary", "diary", "", "work", "work"])
+    assert find_uneventful(examples) == [0, 1, 2]
+
+
+def test_confusion_is_recall_on_the_diagonal_and_false_claims_beside_it():
+    targets = np.array([[1, 0], [1, 0], [1, 1], [0, 1]], np.float32)
+    claimed = np.array([[1, 1], [1, 0], [0, 1], [0, 1]], float)
+    np.testing.assert_allclose(confuse(claimed, targets), [[2 / 3, 1 / 2], [0, 1]])

@@ -51,7 +51,7 @@ from training.model import (
     predict_logits,
     save_checkpoint,
 )
-from training.wide import fit_ngrams
+from training.wide import fit_ngrams, spell_pieces
 
 STRATEGIES = ("partial", "lora", "full")
 PARAMETERS = ("strategy", "layers", "frozen_layers", "epochs", "learning_rate", "batch_size", "token_dropout", "joined")
@@ -152,7 +152,7 @@ def fit_head(checkpoint: Checkpoint, train: Examples) -> None:
 def add_wide_branch(checkpoint: Checkpoint, train: Examples, validation: Examples) -> None:
     """Fit n-grams on `train`, and on `validation` how much they and the encoder's logits count."""
     deep = predict_logits(checkpoint, validation.texts)
-    branch = fit_ngrams(encode(checkpoint, train.texts), train.targets)
+    branch = fit_ngrams(encode(checkpoint, train.texts), train.targets, spell_pieces(checkpoint.tokenizer))
     ngrams = predict(checkpoint, validation.texts, branch.score)
     branch.weigh(deep, ngrams, validation.targets)
     checkpoint.model.wide = branch

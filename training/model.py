@@ -114,7 +114,8 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
     with replace_folder(folder) as new:
         checkpoint.model.encoder.save_pretrained(new)
         for name in ("head", "wide"):
-            save_file(getattr(checkpoint.model, name).state_dict(), new / f"{name}.safetensors")
+            if part := getattr(checkpoint.model, name):
+                save_file(part.state_dict(), new / f"{name}.safetensors")
         checkpoint.tokenizer.save(str(new / "tokenizer.json"))
         write_json(
             new / "checkpoint.json",
@@ -138,9 +139,12 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     if (folder / "checkpoint.json").exists():
         known = read_json(folder / "checkpoint.json")
         labels = [Label(**label) for label in known["labels"]]
-        model: nn.Module = NeedsClassifier(load_encoder(folder), len(labels), WideBranch(len(labels)))
-        for name in ("head", "wide"):
-            getattr(model, name).load_state_dict(load_file(folder / f"{name}.safetensors"))
+        model: nn.Module = NeedsClassifier(load_encoder(folder), len(labels))
+        model.head.load_state_dict(load_file(folder / "head.safetensors"))
+        if (folder / "wide.safetensors").exists():
+            state = load_file(folder / "wide.safetensors")
+            model.wide = WideBranch(len(labels), state["spelling"])
+            model.wide.load_state_dict(state)
         rest = known["prefix"], known["max_tokens"], known["provenance"]
     else:
         model, labels = _load_sequence_classifier(folder)
