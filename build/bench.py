@@ -13,6 +13,7 @@ the decisions on the validation split that differ from PyTorch's.
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -70,6 +71,7 @@ class Engine:
     times: dict[int, list[float]] = field(default_factory=dict)
     """Milliseconds by length in tokens."""
     flips: float | None = None
+    peak_mb: float = 0.0
     process: subprocess.Popen = field(init=False)
 
     def run(self, ids: np.ndarray) -> tuple[float, np.ndarray]:
@@ -101,6 +103,12 @@ class Engine:
             self.process.wait()
             for pipe in (self.process.stdin, self.process.stdout):
                 pipe.close()
+
+    def peak_megabytes(self) -> float:
+        """The most that its process has held; 0 where there is no /proc."""
+        status = Path(f"/proc/{self.process.pid}/status")
+        found = re.search(r"VmHWM:\s+(\d+)", status.read_text()) if status.exists() else None
+        return int(found[1]) * 1024 / 1e6 if found else 0.0
 
     def median(self, length: int) -> float:
         """Milliseconds a run of `length` tokens."""
@@ -206,10 +214,12 @@ def count_flips(engines: list[Engine], windows: list[np.ndarray], wide: WideBran
 def make_table(engines: list[Engine], lengths: Sequence[int] = LENGTHS) -> Table:
     """Median milliseconds, and in brackets how many times as long as ours."""
     ours = next(engine for engine in engines if engine.name == OURS)
-    table = Table("", *(f"{length} tokens" for length in lengths), "flips")
+    table = Table("", *(f"{length} tokens" for length in lengths), "flips", "peak MB")
     for engine in engines:
         cells = [f"{engine.median(n):.1f} ms ({engine.median(n) / ours.median(n):.2f})" for n in lengths]
-        table.add_row(engine.name, *cells, "" if engine.flips is None else f"{engine.flips:.2%}")
+        table.add_row(
+            engine.name, *cells, "" if engine.flips is None else f"{engine.flips:.2%}", f"{engine.peak_mb:.0f}"
+        )
     return table
 
 
@@ -253,8 +263,11 @@ def main() -> None:
             running.enter_context(engine.started(args.threads))
         measure_latency(engines, windows, runs=args.runs)
         count_flips(engines, windows, getattr(checkpoint.model, "wide", None))
+        for engine in engines:
+            engine.peak_mb = engine.peak_megabytes()
     console.print(make_table(engines))
-    found = {"engines": {e.name: {"ms": {n: e.median(n) for n in LENGTHS}, "flips": e.flips} for e in engines}}
+    rows = {e.name: {"ms": {n: e.median(n) for n in LENGTHS}, "flips": e.flips, "peak_mb": e.peak_mb} for e in engines}
+    found: dict = {"engines": rows}
     if args.requests:
         found["texts_a_second"] = measure_throughput(texts, args.requests)
         rates = ", ".join(f"{rate:.0f} at {size}" for size, rate in found["texts_a_second"].items())

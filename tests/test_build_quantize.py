@@ -1,3 +1,10 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -86,6 +93,27 @@ def test_no_weight_can_saturate_a_sum_of_two_products_in_16_bits(exported, tmp_p
             assert value.dtype == np.uint8  # the product of two unsigned numbers is widened first
         else:
             assert 2 * 255 * np.abs(value.astype(int)).max() < 2**15
+
+
+def ask_engine(command: list[str], model: Path) -> list[list[float]]:
+    command = [*command, sys.executable, "build/engines.py", "onnxruntime", str(model), "1"]
+    lines = "".join(f"{ids.tolist()}\n" for ids in WINDOWS)
+    done = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line)["logits"] for line in done.stdout.splitlines()[1:]]
+
+
+@pytest.mark.skipif(
+    shutil.which("qemu-x86_64") is None and not os.environ.get("CI"), reason="qemu-user is not installed: apt has it"
+)
+def test_a_cpu_without_vnni_gives_the_very_same_logits(exported, tmp_path):
+    """On AVX2 two products are summed in 16 bits; weights of 7 bits leave nothing to saturate, in any layer."""
+    path = tmp_path / "model.onnx"
+    quantize(exported / FP32, path, WINDOWS, MAX_TOKENS, Recipe(alpha=0.75, by_row=True))
+    here, older = ask_engine([], path), ask_engine(["qemu-x86_64", "-cpu", "Haswell"], path)
+    difference = np.abs(np.array(here) - np.array(older)).max()
+    print(f"largest logit difference between this CPU and a Haswell: {difference:.1e}")
+    assert difference <= 1e-5
 
 
 def test_smoothing_brings_int8_nearer_where_channels_have_outliers(exported, tmp_path):
