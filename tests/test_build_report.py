@@ -2,8 +2,10 @@
 
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
+import yaml
 
 from build.report import STUDY
 from training.files import read_json
@@ -12,10 +14,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def release(released, pipeline):
+def release(released, pipeline) -> Path:
     steps, _ = pipeline
-    from pathlib import Path
-
     return Path(steps[0]["dir"]) / ".local" / "build" / "release"
 
 
@@ -63,8 +63,6 @@ def test_every_recipe_and_candidate_stands_in_the_report(release):
 
 
 def test_the_card_has_the_hubs_metadata(release):
-    import yaml
-
     _, front, body = (release / "README.md").read_text("utf-8").split("---\n", 2)
     card = yaml.safe_load(front)
     assert card["language"] == "ko"
