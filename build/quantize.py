@@ -394,7 +394,7 @@ def choose(rows: list[dict]) -> dict:
 
 def make_table(rows: list[dict], chosen: dict) -> Table:
     """The recipes side by side."""
-    table = Table("", "recipe", "flips", "macro-F1", "lowest change of a need's F1", "MB", "ms a text")
+    table = Table("", "recipe", "flips", "macro-F1", "MB", "ms a text")
     for row in rows:
         f1 = f"{row['macro_f1']:.4f}" if "macro_f1" in row else ""
         figures = [f"{row['flips']:.2%}", f1, f"{row['bytes'] / 1e6:.1f}", f"{row['milliseconds']:.2f}"]
