@@ -23,7 +23,7 @@ from onnxruntime.transformers import optimizer
 
 from training.examples import read_dataset
 from training.files import replace_folder, write_json
-from training.model import Checkpoint, encoder_layers, encoder_of, load_checkpoint
+from training.model import Checkpoint, NeedsClassifier, encoder_layers, encoder_of, load_checkpoint
 from training.vocabulary import DEFAULT_SCRIPTS, trim_vocabulary
 
 PLAIN = "model.plain.onnx"
@@ -44,7 +44,9 @@ class _OneText(torch.nn.Module):
         self.model = model
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids=input_ids).logits
+        if isinstance(self.model, NeedsClassifier):
+            return self.model(input_ids=input_ids).logits
+        return self.model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).logits  # for fusion to find
 
 
 def import_checkpoint(source: Path, output: Path, texts: list[str], scripts: tuple[str, ...]) -> Path:

@@ -201,7 +201,7 @@ def publish_pair(uri: str, folder: Path, shape: dict) -> list[str]:
         (new / MODEL).write_bytes(shift_logits((folder / MODEL).read_bytes(), by))
         verified = {"thresholds": [0.5] * len(shape["labels"]), "flips": 0.0, "logit_difference": 0.0}
         made = {"provenance": {"base": "soak"}, **shape}
-        write_json(new / "metrics.json", {"export": made, "verification": verified})
+        write_json(new / "metrics.json", {"export": made, "verification": verified, "quantization": {"recipe": "none"}})
         releases.append(publish(bucket, new, write_manifest(new)))
     promote(bucket, releases[0])
     return releases

@@ -25,7 +25,9 @@ def make_release(folder, tiny_data, note: str) -> bytes:
         (folder / name).write_text(f"{name} {note}", "utf-8")
     export = {"labels": LABELS, "max_tokens": 64, "prefix": "query: ", "provenance": {"base": note}}
     verification = {"thresholds": [0.4], "flips": 0.0, "logit_difference": 0.0}
-    write_json(folder / "metrics.json", {"export": export, "verification": verification})
+    write_json(
+        folder / "metrics.json", {"export": export, "verification": verification, "quantization": {"recipe": "none"}}
+    )
     return make_manifest(folder, tiny_data, "build", "commit")
 
 

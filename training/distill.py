@@ -42,13 +42,13 @@ def soften(dataset: Dataset, teachers: list[Path], trust: float, unlabelled: int
 
 
 def make_unlabelled(train: Examples, count: int, seed: int) -> list[str]:
-    """At most `count` new texts out of those at hand: a sentence of a longer one, or two joined, in turn."""
+    """At most `count` new texts out of those at hand: sentences of longer ones, half at most, and pairs joined."""
     random = np.random.default_rng(seed)
     sentences = [part for text in train.texts for part in _SENTENCE_END.split(text) if part.strip() and part != text]
     pairs = random.integers(len(train), size=(count, 2))
     joined = [f"{train.texts[a]} {train.texts[b]}" for a, b in pairs]
-    made = [text for both in zip(random.permutation(sentences), joined, strict=False) for text in map(str, both)]
-    return list(dict.fromkeys(made))[:count]
+    made = [str(sentence) for sentence in random.permutation(sentences)[: count // 2]]
+    return list(dict.fromkeys(made + joined))[:count]
 
 
 def main() -> None:
