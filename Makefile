@@ -19,10 +19,10 @@ install: .venv/.installed ## make .venv and install what everything needs
 	$(RUN) -m pip install --quiet $(patsubst %,-r %,$(filter-out requirements.txt,$(REQUIREMENTS)))
 	touch $@
 
-demo: install ## train a small model on a part of the data, release, serve and ask: about 7 minutes
+demo: install ## train a small model on a part of the data, release, serve and ask
 	$(RUN) -m build.local demo --set _ROWS=2500 --set _LAYERS=6 --set _STUDENT_LAYERS=0
 
-release: install ## the best model on all of the data: about an hour
+release: install ## the best model on all of the data: about an hour and a half
 	$(RUN) -m build.local demo
 
 serve: install ## serve the current release: make serve PORT=8080

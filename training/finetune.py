@@ -303,7 +303,7 @@ def _resources(wall_start: float, cpu_start: float) -> dict[str, float]:
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """The command line that `training.distill` shares; the defaults are what `training.study` found best."""
+    """The command line that `training.distill` shares; the defaults suit the sample data."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--base", type=Path, default=Path(".local/build/trimmed"))
     parser.add_argument("--data", type=Path, default=Path("training/data"))
