@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("training/data"))
     parser.add_argument("--peers", action="store_true", help="make environments for optimum-onnx and OpenVINO too")
     parser.add_argument("--runs", type=int, default=60, help="of each engine at each length")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=1, help="of each engine; 1 is what a default deploy has")
     parser.add_argument("--requests", type=int, default=20, help="over HTTP for each size; 0 leaves that out")
     args = parser.parse_args()
     texts = read_dataset(args.data).validation.texts
