@@ -192,7 +192,7 @@ def split_slow_fusions(graph: onnx.GraphProto) -> None:
             product, bias = inputs
             new = [helper.make_node("Gelu", [f"{name}_biased"], [output], name=name, domain="com.microsoft")]
         else:
-            product, skip, gamma, beta, bias = (inputs + [""])[:5]
+            product, skip, gamma, beta, bias = [*inputs, ""][:5]
             epsilon = next(item.f for item in node.attribute if item.name == "epsilon")
             summed, summands = f"{name}_summed", [f"{name}_biased" if bias else product, skip]
             new = [
