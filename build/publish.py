@@ -7,11 +7,15 @@ Every object of a release is written with generation precondition 0 and the
 manifest last, so a half-written release is never found and a whole one never
 changes. The pointer is written with the generation that was read, so of two
 that promote at once exactly one wins. Each command may be run again.
+
+Beside the releases lie two kinds of notes, each written once: `verdicts/` has
+what `build.gate` said of each release, `promotions/` every pointer that was.
 """
 
 import argparse
 import hashlib
 import json
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +24,7 @@ from google.api_core.exceptions import NotFound, PreconditionFailed
 from google.cloud import storage
 from tqdm import tqdm
 
+from function.errors import ReleaseRefused
 from function.manifest import MODEL, TOKENIZER, canonical, name_release, parse_manifest, parse_pointer
 from training.files import read_json, sha256_of
 
@@ -52,6 +57,11 @@ class Bucket:
             return None, 0
         return content, int(blob.generation)
 
+    def list(self, under: str = "") -> list[str]:
+        """The names of all objects that begin with `under`, sorted."""
+        blobs = self._bucket.list_blobs(prefix=self._prefix + under, timeout=TIMEOUT_SECONDS)
+        return sorted(blob.name.removeprefix(self._prefix) for blob in blobs)
+
     def write(self, name: str, content: bytes, generation: int) -> None:
         """Write over the given generation (0: nothing there yet). Raises PreconditionFailed."""
         kinds = {".json": "application/json", ".html": "text/html; charset=utf-8", ".md": "text/markdown"}
@@ -63,19 +73,13 @@ class Bucket:
         )
 
 
-def hash_inputs(data: Path, commit: str, provenance: dict) -> str:
-    """sha256 over all that a release is made from: data, commit, base revision and parameters."""
-    files = {
-        path.name: sha256_of(path) for path in sorted(data.iterdir()) if path.suffix in (".json", ".jsonl", ".csv")
-    }
-    return hashlib.sha256(canonical({"data": files, "commit": commit, "made": provenance})).hexdigest()
+def make_manifest(folder: Path, inputs: str, build_id: str, commit: str) -> bytes:
+    """The canonical manifest of a folder of released files; the same files and inputs keep the one they have.
 
-
-def make_manifest(folder: Path, data: Path, build_id: str, commit: str) -> bytes:
-    """The canonical manifest of a folder of released files; the same files and inputs keep the one they have."""
+    `inputs` is the sha256 over all that the release was made from (`build.fresh`).
+    """
     metrics = read_json(folder / "metrics.json")
     made = metrics["export"]
-    inputs = hash_inputs(data, commit, made["provenance"])
     files = {name: {"sha256": sha256_of(folder / name), "bytes": (folder / name).stat().st_size} for name in FILES}
     noted = folder / "manifest.json"
     if noted.exists():
@@ -128,6 +132,13 @@ def publish(bucket: Bucket, folder: Path, manifest: bytes) -> str:
     return release
 
 
+def publish_verdict(bucket: Bucket, release: str, inputs: str, verdict: dict) -> None:
+    """Note what the gate first said of a release, against the promotion that it was compared with."""
+    known = {"release": release, "inputs": inputs, **verdict}
+    with suppress(PreconditionFailed):  # by a build that was cut off after it
+        bucket.write(f"verdicts/{verdict['sequence']:06d}-{release}.json", canonical(known), generation=0)
+
+
 def _write_once(bucket: Bucket, name: str, content: bytes) -> None:
     try:
         bucket.write(name, content, generation=0)
@@ -141,38 +152,102 @@ def _write_once(bucket: Bucket, name: str, content: bytes) -> None:
             ) from None
 
 
-def promote(bucket: Bucket, release: str) -> dict:
+def read_current(bucket: Bucket) -> tuple[dict | None, int]:
+    """The pointer to the release that is served, and its generation; None and 0 before the first promotion.
+
+    Raises ReleaseRefused where it is not whole.
+    """
+    stored, generation = bucket.read("current.json")
+    if stored is None:
+        return None, 0
+    parse_pointer(stored)
+    return json.loads(stored), generation
+
+
+def list_promotions(bucket: Bucket) -> list[dict]:
+    """Every pointer that was promoted, first to last; the newest is the one in force."""
+    noted = [json.loads(bucket.read(name)[0] or b"{}") for name in bucket.list("promotions/")]
+    current, _ = read_current(bucket)
+    if current and current["sequence"] not in [pointer["sequence"] for pointer in noted]:
+        noted.append(current)  # its promotion was cut off before the note
+    return noted
+
+
+def list_verdicts(bucket: Bucket) -> list[dict]:
+    """What the gate said of each release, in the order of the promotions that it was compared with."""
+    return [json.loads(bucket.read(name)[0] or b"{}") for name in bucket.list("verdicts/")]
+
+
+def promote(bucket: Bucket, release: str, *, after: int | None = None, forced: str = "") -> dict:
     """Make a published release the current one and return the pointer.
 
-    Raises PublishError where the release is not whole or another promotion came first.
+    `after` is the sequence of the promotion that the gate compared with, 0 for
+    none; `forced` is a person's reason to pass over the gate. Raises
+    PublishError where the release is not whole or another promotion came first.
     """
     manifest, _ = bucket.read(f"releases/{release}/manifest.json")
     if manifest is None:
         raise PublishError(f"{release}: expected its manifest in {bucket.uri}, found none; publish it first")
     digest = hashlib.sha256(manifest).hexdigest()
-    stored, generation = bucket.read("current.json")
-    known = json.loads(stored) if stored else None
-    if known and known["manifest_sha256"] == digest:
-        return known
+    known, generation = read_current(bucket)
+    sequence = known["sequence"] if known else 0
+    if known:
+        _note_promotion(bucket, known)
+        if known["manifest_sha256"] == digest:
+            return known
+    if after is not None and after != sequence:
+        raise _overtaken(bucket, f"promotion {after}, with which the gate compared", known)
     pointer = {
         "schema": 1,
         "release": release,
         "manifest_sha256": digest,
-        "sequence": parse_pointer(stored).sequence + 1 if stored else 1,
+        "sequence": sequence + 1,
         "promoted": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         "previous": known["release"] if known else None,
     }
+    if forced:
+        pointer["forced"] = forced
     try:
         bucket.write("current.json", canonical(pointer), generation)
     except PreconditionFailed:
-        stored, _ = bucket.read("current.json")
-        if stored != canonical(pointer):  # else it was ours, and only its acknowledgement was lost
-            winner = json.loads(stored)["release"] if stored else "none"
-            raise PublishError(
-                f"current.json: expected generation {generation}, found that of {winner}; "
-                "another promotion came first: look at it, then promote again if need be"
-            ) from None
+        winner, _ = read_current(bucket)
+        if winner != pointer:  # else it was ours, and only its acknowledgement was lost
+            raise _overtaken(bucket, f"generation {generation}", winner) from None
+    _note_promotion(bucket, pointer)
     return pointer
+
+
+def _note_promotion(bucket: Bucket, pointer: dict) -> None:
+    _write_once(bucket, f"promotions/{pointer['sequence']:06d}.json", canonical(pointer))
+
+
+def _overtaken(bucket: Bucket, expected: str, winner: dict | None) -> PublishError:
+    found = f"promotion {winner['sequence']} of {winner['release']}" if winner else "none"
+    return PublishError(
+        f"{bucket.uri}/current.json: expected {expected}, found {found}; another promotion came first: "
+        "look at it with `make status`, then run the build again if need be"
+    )
+
+
+def _promote_judged(bucket: Bucket, folder: Path, verdict: dict, forced: str) -> None:
+    """Promote what the gate let pass, or what a person forces, and say where it lies."""
+    manifest = read_json(folder / "manifest.json")
+    release = manifest["release"]
+    if not verdict["passed"] and not forced:
+        raise PublishError(f"{release}: published, not promoted: {verdict['reason']}")
+    try:
+        pointer = promote(bucket, release, after=None if forced else verdict["sequence"], forced=forced)
+    except PublishError:
+        winner, _ = read_current(bucket)
+        stored, _ = bucket.read(f"releases/{winner['release']}/manifest.json") if winner else (None, 0)
+        if not stored or json.loads(stored)["provenance"]["inputs"] != manifest["provenance"]["inputs"]:
+            raise
+        print(f"nothing new: {json.loads(stored)['release']}, a twin from the same inputs, was promoted meanwhile")
+        return
+    print(f"current: {pointer['release']}, sequence {pointer['sequence']}")
+    where = f"{bucket.uri.removeprefix('gs://')}/releases/{release}"
+    print(f"files: https://console.cloud.google.com/storage/browser/{where}")
+    print(f"report: https://storage.cloud.google.com/{where}/report.html")
 
 
 def main() -> None:
@@ -180,20 +255,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--model-uri", required=True, help="gs://bucket/prefix")
     parser.add_argument("--release", type=Path, default=Path(".local/build/release"), help="the release's folder")
+    parser.add_argument("--inputs", type=Path, default=Path(".local/build/inputs.json"), help="what it was made from")
+    parser.add_argument("--verdict", type=Path, default=Path(".local/build/gate.json"), help="what the gate said of it")
     parser.add_argument("--promote", action="store_true", help="write the pointer; the upload was before")
-    parser.add_argument("--data", type=Path, default=Path("training/data"), help="what it was trained on")
+    parser.add_argument("--force", default="", metavar="REASON", help="promote what the gate refused; noted for ever")
     parser.add_argument("--build-id", default="local")
     parser.add_argument("--commit", default="")
     args = parser.parse_args()
     try:
-        bucket = Bucket(args.model_uri)
+        bucket, verdict = Bucket(args.model_uri), read_json(args.verdict)
         if args.promote:
-            pointer = promote(bucket, read_json(args.release / "manifest.json")["release"])
-            print(f"current: {pointer['release']}, sequence {pointer['sequence']}")
+            _promote_judged(bucket, args.release, verdict, args.force)
         else:
-            manifest = make_manifest(args.release, args.data, args.build_id, args.commit)
-            print(f"published: {bucket.uri}/releases/{publish(bucket, args.release, manifest)}")
-    except PublishError as error:
+            inputs = read_json(args.inputs)["inputs"]
+            release = publish(bucket, args.release, make_manifest(args.release, inputs, args.build_id, args.commit))
+            publish_verdict(bucket, release, inputs, verdict)
+            print(f"published: {bucket.uri}/releases/{release}")
+    except (PublishError, ReleaseRefused) as error:
         raise SystemExit(str(error)) from None
 
 

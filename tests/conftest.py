@@ -137,7 +137,7 @@ def pipeline(tiny_bases, tiny_data, tmp_path_factory):
     """The pipeline's own steps for a tiny encoder, with their substitutions, in a checkout of their own."""
     work = tmp_path_factory.mktemp("work")
     root = Path(__file__).parent.parent
-    for name in ("build", "function", "training", "main.py", "cloudbuild.yaml", ".venv"):
+    for name in ("build", "function", "training", "main.py", "cloudbuild.yaml", "requirements.txt", ".venv"):
         (work / name).symlink_to(root / name)
     given = {
         "_MODEL_URI": local.MODEL_URI,
@@ -147,7 +147,8 @@ def pipeline(tiny_bases, tiny_data, tmp_path_factory):
         "_STUDENT_LAYERS": "1",
         "_STUDENT_EPOCHS": "1",
     }
-    given |= {"_MAX_FLIPS": "1", "_MAX_F1_LOSS": "1"}  # an untrained model's decisions hang on nothing
+    bounds = ("_MAX_FLIPS", "_MAX_F1_LOSS", "_MAX_F1_DROP", "_MAX_NEED_DROP")
+    given |= {**dict.fromkeys(bounds, "1"), "_MIN_MACRO_F1": "0"}  # an untrained model's decisions hang on nothing
     steps, values = local.read_pipeline(root / "cloudbuild.yaml", given)
     return [{**step, "dir": str(work)} for step in steps if step["id"] != "install"], values
 

@@ -86,7 +86,7 @@ def write_known(folder: Path, strength: float = 1.0, work: int = 0) -> bytes:
 
 def write_manifest(folder: Path) -> bytes:
     """The manifest of the files as they are now."""
-    return make_manifest(folder, DATA, "build", "commit")
+    return make_manifest(folder, "inputs", "build", "commit")
 
 
 def release_known(uri: str, folder: Path, strength: float = 1.0, work: int = 0) -> str:

@@ -19,7 +19,7 @@ def target(bucket) -> Bucket:
     return Bucket(f"gs://{BUCKET}/{uuid.uuid4().hex}/")
 
 
-def make_release(folder, tiny_data, note: str) -> bytes:
+def make_release(folder, note: str) -> bytes:
     folder.mkdir(exist_ok=True)
     for name in FILES:
         (folder / name).write_text(f"{name} {note}", "utf-8")
@@ -28,11 +28,11 @@ def make_release(folder, tiny_data, note: str) -> bytes:
     write_json(
         folder / "metrics.json", {"export": export, "verification": verification, "quantization": {"recipe": "none"}}
     )
-    return make_manifest(folder, tiny_data, "build", "commit")
+    return make_manifest(folder, f"inputs {note}", "build", "commit")
 
 
-def test_a_manifest_is_canonical_named_by_its_content_and_kept(tmp_path, tiny_data):
-    stored = make_release(tmp_path / "r", tiny_data, "one")
+def test_a_manifest_is_canonical_named_by_its_content_and_kept(tmp_path):
+    stored = make_release(tmp_path / "r", "one")
     document = json.loads(stored)
     assert stored == canonical(document)
     rest = {key: value for key, value in document.items() if key != "release"}
@@ -40,11 +40,11 @@ def test_a_manifest_is_canonical_named_by_its_content_and_kept(tmp_path, tiny_da
         json.dumps(rest, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
     ).hexdigest()
     assert document["release"].endswith("Z-" + digest[:12])
-    assert make_manifest(tmp_path / "r", tiny_data, "build", "commit") == stored
+    assert make_manifest(tmp_path / "r", "inputs one", "build", "commit") == stored
 
 
-def test_a_release_is_promoted_and_then_its_successor(target, tmp_path, tiny_data):
-    first = publish(target, tmp_path / "a", make_release(tmp_path / "a", tiny_data, "one"))
+def test_a_release_is_promoted_and_then_its_successor(target, tmp_path):
+    first = publish(target, tmp_path / "a", make_release(tmp_path / "a", "one"))
     assert promote(target, first) | {"promoted": ""} == {
         "schema": 1,
         "release": first,
@@ -53,15 +53,15 @@ def test_a_release_is_promoted_and_then_its_successor(target, tmp_path, tiny_dat
         "promoted": "",
         "previous": None,
     }
-    second = publish(target, tmp_path / "b", make_release(tmp_path / "b", tiny_data, "two"))
+    second = publish(target, tmp_path / "b", make_release(tmp_path / "b", "two"))
     pointer = promote(target, second)
     assert (pointer["sequence"], pointer["previous"]) == (2, first)
     assert promote(target, second) == pointer
     assert parse_pointer(target.read("current.json")[0]).release == second
 
 
-def test_an_upload_that_was_cut_off_goes_on_and_a_changed_one_is_refused(target, tmp_path, tiny_data):
-    manifest = make_release(tmp_path / "a", tiny_data, "one")
+def test_an_upload_that_was_cut_off_goes_on_and_a_changed_one_is_refused(target, tmp_path):
+    manifest = make_release(tmp_path / "a", "one")
     release = json.loads(manifest)["release"]
     target.write(f"releases/{release}/{FILES[0]}", (tmp_path / "a" / FILES[0]).read_bytes(), generation=0)
     with pytest.raises(PublishError, match="found none; publish it first"):
@@ -72,8 +72,8 @@ def test_an_upload_that_was_cut_off_goes_on_and_a_changed_one_is_refused(target,
         publish(target, tmp_path / "a", manifest)
 
 
-def test_of_two_promotions_at_once_one_wins(target, tmp_path, tiny_data):
-    releases = [publish(target, tmp_path / n, make_release(tmp_path / n, tiny_data, n)) for n in "abcd"]
+def test_of_two_promotions_at_once_one_wins(target, tmp_path):
+    releases = [publish(target, tmp_path / n, make_release(tmp_path / n, n)) for n in "abcd"]
 
     def attempt(release: str) -> str:
         try:
@@ -105,15 +105,15 @@ def test_only_a_bucket_is_published_to(uri):
         ("files", {}, "expected labels"),
     ],
 )
-def test_a_manifest_that_cannot_be_met_is_refused(tmp_path, tiny_data, member, value, problem):
-    document = json.loads(make_release(tmp_path / "r", tiny_data, "one")) | {member: value}
+def test_a_manifest_that_cannot_be_met_is_refused(tmp_path, member, value, problem):
+    document = json.loads(make_release(tmp_path / "r", "one")) | {member: value}
     document["release"] = name_release(document)
     with pytest.raises(ReleaseRefused, match=problem):
         parse_manifest(canonical(document))
 
 
-def test_a_tampered_manifest_is_refused(tmp_path, tiny_data):
-    stored = make_release(tmp_path / "r", tiny_data, "one")
+def test_a_tampered_manifest_is_refused(tmp_path):
+    stored = make_release(tmp_path / "r", "one")
     with pytest.raises(ReleaseRefused, match="release: expected"):
         parse_manifest(stored.replace(b'"max_tokens":64', b'"max_tokens":65'))
     with pytest.raises(ReleaseRefused, match="its canonical form"):

@@ -18,6 +18,7 @@ from training.files import write_json
 pytestmark = pytest.mark.slow
 
 PROBLEM = "application/problem+json"
+LEAST_SECONDS = 0.3
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +156,9 @@ def test_killing_any_step_half_way_leaves_the_bucket_serving_what_it_served(pipe
     environment = {**os.environ, **values, "STORAGE_EMULATOR_HOST": released}
     before, served = ask_fresh_function(released, tmp_path / "before"), {}
     for step in steps:
+        if step_seconds[step["id"]] < LEAST_SECONDS:  # bash alone: it has nothing to leave half done
+            local.run_pipeline([step], values, {"STORAGE_EMULATOR_HOST": released})
+            continue
         killed = subprocess.Popen(
             ["bash", "-c", step["script"]], cwd=step["dir"], env=environment, start_new_session=True
         )
@@ -173,7 +177,10 @@ def test_killing_any_step_half_way_leaves_the_bucket_serving_what_it_served(pipe
 def test_killing_an_upload_leaves_the_bucket_serving_what_it_served(released, tmp_path):
     """SIGKILL at the start, middle or end of a large upload: the pointer was not written, so nothing changes."""
     before = ask_fresh_function(released, tmp_path / "before")
-    command = [sys.executable, "-m", "build.publish", "--model-uri", local.MODEL_URI, "--data", "training/data"]
+    command = [sys.executable, "-m", "build.publish", "--model-uri", local.MODEL_URI]
+    for name, value in (("inputs", {"inputs": "x"}), ("verdict", {"passed": True, "sequence": 1})):
+        write_json(tmp_path / f"{name}.json", value)
+        command += [f"--{name}", str(tmp_path / f"{name}.json")]
     for name in FILES:
         (tmp_path / name).write_bytes(b"x" * 5_000_000)
     export = {"labels": [{"name": "a", "id": "a"}], "max_tokens": 64, "prefix": "", "provenance": {}}

@@ -242,19 +242,24 @@ def _read_probes(path: Path, names: list[str]) -> list[dict]:
     return probes
 
 
+def describe_dataset(dataset: Dataset) -> str:
+    """Its labels, and how many texts each split has, for a terminal."""
+    lines = [f"{len(dataset.labels)} labels: {', '.join(label.name for label in dataset.labels)}"]
+    for split in SPLITS:
+        examples: Examples = getattr(dataset, split)
+        decided = (examples.targets >= 0.5).sum(1)
+        lines.append(f"{split}: {len(examples)} texts, {(decided == 0).mean():.0%} without a need")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Check a data folder and print what is in it."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--data", type=Path, default=Path("training/data"))
     try:
-        dataset = read_dataset(parser.parse_args().data)
+        print(describe_dataset(read_dataset(parser.parse_args().data)))
     except DataError as error:
         raise SystemExit(f"The data cannot be used:\n{error}") from None
-    print(f"{len(dataset.labels)} labels: {', '.join(label.name for label in dataset.labels)}")
-    for split in SPLITS:
-        examples: Examples = getattr(dataset, split)
-        decided = (examples.targets >= 0.5).sum(1)
-        print(f"{split}: {len(examples)} texts, {(decided == 0).mean():.0%} without a need")
 
 
 if __name__ == "__main__":
