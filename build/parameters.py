@@ -15,8 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 PIPELINE = Path("cloudbuild.yaml")
-PARAMETER = re.compile(r"^  (_[A-Z0-9_]+): *(\"[^\"]*\"|\S+)", re.MULTILINE)
-NOT_INPUTS = {"_MODEL_URI", "_DATA", "_SOURCE", "_SERVICE_ACCOUNT", "_TORCH_INDEX", "_TRAIN_ON", "_DEPLOY", "_FORCE"}
+PARAMETER = re.compile(r"^  (_[A-Z0-9_]+): *(.*?)(?:  +#.*)?$", re.MULTILINE)
+NOT_INPUTS = {"_MODEL_URI", "_DATA", "_SOURCE", "_SERVICE_ACCOUNT", "_TORCH_INDEX", "_DEPLOY", "_FORCE"}
+NOT_INPUTS |= {"_LAUNCH", "_TRAIN_ON", "_VERTEX_MACHINE", "_VERTEX_POLL_SECONDS"}
 """What a model does not depend on; of the data it is the content that counts."""
 CHOICES = {"_TRAIN_ON": ("build", "vertex"), "_STRATEGY": ("partial", "lora", "full")}
 

@@ -67,18 +67,20 @@ class Cloud:
     custom_jobs: dict[str, dict] = field(default_factory=dict)
     operations: dict[str, dict] = field(default_factory=dict)
     environments: dict[str, Path] = field(default_factory=dict)
+    processes: dict[str, subprocess.Popen] = field(default_factory=dict)
+    """The function at each address."""
     threads: list[threading.Thread] = field(default_factory=list)
     calls: list[tuple[str, str, dict]] = field(default_factory=list)
     """Every call but the storage's own: method, path, body."""
-    fail_at: str = ""
-    """A step that is killed half way, once."""
 
     def environment(self) -> dict[str, str]:
         """What points the real gcloud here, and nowhere else."""
         token, config = self.root / "token", self.root / "gcloud"
         token.write_text("not a token")
         config.mkdir(exist_ok=True)
-        names = "CLOUDFUNCTIONS CLOUDBUILD CLOUDSCHEDULER STORAGE SERVICEUSAGE CLOUDRESOURCEMANAGER IAM ARTIFACTREGISTRY"
+        names = (
+            "CLOUDFUNCTIONS CLOUDBUILD CLOUDSCHEDULER STORAGE SERVICEUSAGE CLOUDRESOURCEMANAGER IAM ARTIFACTREGISTRY"
+        )
         overrides = {
             f"CLOUDSDK_API_ENDPOINT_OVERRIDES_{name}": f"{self.address}/" for name in [*names.split(), "AIPLATFORM"]
         }
@@ -97,8 +99,16 @@ class Cloud:
             "STORAGE_EMULATOR_HOST": self.storage,
         }
 
+    def run(self, *command: str) -> subprocess.CompletedProcess:
+        """A command with the real gcloud pointed here; it must end well."""
+        done = subprocess.run(command, env=self.environment(), capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+        return done
+
     def read_object(self, bucket: str, name: str) -> bytes:
-        answer = requests.get(f"{self.storage}/storage/v1/b/{bucket}/o/{name.replace('/', '%2F')}?alt=media", timeout=60)
+        answer = requests.get(
+            f"{self.storage}/storage/v1/b/{bucket}/o/{name.replace('/', '%2F')}?alt=media", timeout=60
+        )
         answer.raise_for_status()
         return answer.content
 
@@ -129,6 +139,7 @@ class Cloud:
         self.stack.callback(process.wait)
         self.stack.callback(process.terminate)
         address = f"http://127.0.0.1:{port}"
+        self.processes[address] = process
         for _ in range(600):
             try:
                 requests.get(f"{address}/health", timeout=1)
@@ -166,7 +177,8 @@ class Cloud:
         if "storageSource" in build.get("source", {}):
             source = build["source"]["storageSource"]
             archive = self.read_object(source["bucket"], source["object"])
-            tarfile.open(fileobj=io.BytesIO(archive)).extractall(work, filter="data")
+            with tarfile.open(fileobj=io.BytesIO(archive)) as packed:
+                packed.extractall(work, filter="data")
         values = {"PROJECT_ID": PROJECT, "BUILD_ID": build["id"], "COMMIT_SHA": "", "LOCATION": REGION}
         for name, value in build.get("substitutions", {}).items():
             values[name] = local.substitute(value, values)
@@ -180,18 +192,10 @@ class Cloud:
         build["finishTime"] = NOW
 
     def _run_step(self, step: dict, work: Path, environment: dict[str, str]) -> str:
-        log = (self.root / f"{work.name}.log").open("a")
-        print(f"--- {step['id']}", file=log, flush=True)
-        process = subprocess.Popen(
-            ["bash", "-c", step["script"]], cwd=work, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-        if step["id"] == self.fail_at:
-            self.fail_at = ""
-            time.sleep(0.2)
-            os.killpg(process.pid, 9)
-        code = process.wait()
-        log.close()
-        return "SUCCESS" if code == 0 else "FAILURE"
+        with (self.root / f"{work.name}.log").open("a") as log:
+            print(f"--- {step['id']}", file=log, flush=True)
+            done = subprocess.run(["bash", "-c", step["script"]], cwd=work, env=environment, stdout=log, stderr=log)
+        return "SUCCESS" if done.returncode == 0 else "FAILURE"
 
     def wait(self) -> None:
         """Until all builds have ended."""
@@ -225,7 +229,9 @@ class _Handler(BaseHTTPRequestHandler):
             content = self._read_chunks()
         url = urlsplit(self.path)
         path = url.path
-        if re.match(r"/(upload/|download/|resumable/)?storage/v1/|/batch/", path) and not OWN.fullmatch(f"{self.command} {path}"):
+        if re.match(r"/(upload/|download/|resumable/)?storage/v1/|/batch/", path) and not OWN.fullmatch(
+            f"{self.command} {path}"
+        ):
             self._forward(content)
             return
         body = json.loads(content) if content[:1] in (b"{", b"[") else {}
@@ -257,7 +263,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _forward(self, content: bytes) -> None:
         headers = {name: value for name, value in self.headers.items() if name.lower() not in (*HOP_HEADERS, "host")}
         answer = requests.request(
-            self.command, self.cloud.storage + self.path, data=content, headers=headers, timeout=60, allow_redirects=False
+            self.command,
+            self.cloud.storage + self.path,
+            data=content,
+            headers=headers,
+            timeout=60,
+            allow_redirects=False,
         )
         self.send_response(answer.status_code)
         for name, value in answer.headers.items():
@@ -366,7 +377,11 @@ def deploy_function(cloud: Cloud, body: dict, query: dict, _: str) -> dict:
         "updateTime": NOW,
         "serviceConfig": {**settings, "uri": address, "service": f"projects/{PROJECT}/locations/{REGION}/services/x"},
     }
-    metadata = {"@type": "type.googleapis.com/google.cloud.functions.v2.OperationMetadata", "target": full, "stages": []}
+    metadata = {
+        "@type": "type.googleapis.com/google.cloud.functions.v2.OperationMetadata",
+        "target": full,
+        "stages": [],
+    }
     response = {"@type": "type.googleapis.com/google.cloud.functions.v2.Function", **cloud.functions[name]}
     operation = _operation(f"projects/{PROJECT}/locations/{REGION}/operations/{uuid.uuid4().hex}", response, metadata)
     cloud.operations[operation["name"].rpartition("/")[2]] = operation
@@ -445,6 +460,25 @@ def _probe(address: str, probe: dict) -> bool:
     return not path
 
 
+# Vertex AI: a custom job, whose bucket is mounted under /gcs
+
+
+def make_custom_job(cloud: Cloud, body: dict, *_) -> dict:
+    container = body["jobSpec"]["workerPoolSpecs"][0]["containerSpec"]
+    mounted = f"{cloud.root}/bucket/"
+    command = [part.replace("/gcs/", mounted) for part in [*container["command"], *container["args"]]]
+    command = [part.replace("make install", f"ln -s {cloud.venv} .venv; touch .venv/.installed") for part in command]
+    done = subprocess.run(command, env=cloud.environment(), capture_output=True, text=True)
+    number = str(len(cloud.custom_jobs) + 1)
+    state = "JOB_STATE_FAILED" if done.returncode else "JOB_STATE_SUCCEEDED"
+    cloud.custom_jobs[number] = {**body, "name": f"{HERE}/customJobs/{number}", "state": state, "log": done.stderr}
+    return {name: value for name, value in cloud.custom_jobs[number].items() if name != "log"}
+
+
+def show_custom_job(cloud: Cloud, _: dict, __: dict, name: str) -> dict:
+    return {"name": cloud.custom_jobs[name]["name"], "state": cloud.custom_jobs[name]["state"]}
+
+
 # Cloud Build and Cloud Scheduler
 
 
@@ -503,6 +537,7 @@ def list_jobs(cloud: Cloud, *_) -> dict:
 
 HERE = f"projects/{PROJECT}/locations/{REGION}"
 SERVICES = f"/apis/serving.knative.dev/v1/namespaces/{PROJECT}/services"
+STORAGE = re.compile(r"/(upload/|download/|resumable/)?storage/v1/|/batch/")
 OWN = re.compile(r"\w+ /storage/v1/b/[^/]+/iam|(GET|PATCH) /storage/v1/b/[^/]+")
 """Of storage's calls, those that fake-gcs-server cannot answer."""
 ROUTES = [
@@ -531,6 +566,8 @@ ROUTES = [
     ("POST", rf"/v1/{HERE}/builds", submit_build),
     ("GET", rf"/v1/{HERE}/builds", list_builds),
     ("GET", rf"/v1/{HERE}/builds/([^/]+)", show_build),
+    ("POST", rf"/v1(?:beta1)?/{HERE}/customJobs", make_custom_job),
+    ("GET", rf"/v1(?:beta1)?/{HERE}/customJobs/([^/]+)", show_custom_job),
     ("POST", rf"/v1/{HERE}/triggers", make_trigger),
     ("GET", rf"/v1/{HERE}/triggers/([^/:]+)", show_trigger),
     ("DELETE", rf"/v1/{HERE}/triggers/([^/:]+)", remove_trigger),

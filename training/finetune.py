@@ -13,14 +13,15 @@ it is seen (word dropout, Iyyer et al. 2015, https://aclanthology.org/P15-1162).
 A share of the texts can be joined with another and have the needs of both; in
 five epochs that gained nothing on validation, so by default none is. At the end
 the n-grams of `training.wide` are put beside the encoder.
-transformers' Trainer does the loop: an interrupted run goes on where it was,
-several GPUs work through `accelerate launch -m training.finetune`.
+transformers' Trainer does the loop: an interrupted run goes on where it was, and
+several processes share each batch under `accelerate launch -m training.finetune`.
 
     python -m training.finetune --base .local/build/trimmed --output .local/build/checkpoint
 """
 
 import argparse
 import math
+import os
 import resource
 import sys
 import time
@@ -108,6 +109,7 @@ def finetune(base: Path, dataset: Dataset, output: Path, options: argparse.Names
         save_checkpoint(checkpoint, output)
         resources |= _resources(*started)
         write_json(output / "training.json", {"resources": resources, "history": trainer.state.log_history})
+    trainer.accelerator.wait_for_everyone()
     return checkpoint
 
 
@@ -244,7 +246,7 @@ def _training_arguments(state: Path, texts: int, options: argparse.Namespace) ->
     return TrainingArguments(
         output_dir=str(state),
         num_train_epochs=options.epochs,
-        per_device_train_batch_size=options.batch_size,
+        per_device_train_batch_size=max(1, options.batch_size // int(os.environ.get("WORLD_SIZE", "1"))),
         per_device_eval_batch_size=32,
         lr_scheduler_type="linear",
         warmup_steps=steps // 20,
