@@ -186,9 +186,9 @@ def make_table(verdict: dict) -> Table:
     return table
 
 
-def main() -> None:
-    """Judge the release folder and write gate.json; a refusal is no failure of this step."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line: what is judged, and the bounds."""
+    parser = argparse.ArgumentParser(description="Judge a release before it is published.")
     parser.add_argument("--model-uri", required=True, help="gs://bucket/prefix")
     parser.add_argument("--release", type=Path, default=Path(".local/build/release"))
     parser.add_argument("--data", type=Path, default=Path("training/data"))
@@ -199,7 +199,12 @@ def main() -> None:
     parser.add_argument("--max-flips", type=float, default=0.025, help="share of decisions, fp32 against INT8")
     parser.add_argument("--max-logit-difference", type=float, default=1e-4, help="PyTorch against fp32")
     parser.add_argument("--max-bytes", type=int, default=100_000_000, help="of the model")
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Judge the release folder and write gate.json; a refusal is no failure of this step."""
+    args = parse_arguments()
     try:
         verdict = judge(Bucket(args.model_uri), args.release, read_dataset(args.data), args)
     except (PublishError, ReleaseRefused) as error:

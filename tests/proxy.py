@@ -1,4 +1,4 @@
-"""A loopback proxy before the bucket, which can be slow, sparing, silent or wrong."""
+"""A loopback proxy before the bucket, which can be slow, sparing, silent or wrong, also to what is written."""
 
 import threading
 import time
@@ -25,6 +25,11 @@ class Proxy:
     """Of each answer's body, 0 without bound."""
     fault: int | str | None = None
     """A status to answer with, "silence" or "cut"."""
+    cut_writes: range = range(0)
+    """The writes, counted from 0, whose connection is cut."""
+    cut_answers: bool = False
+    """Whether only the answer is lost: what was written is there."""
+    writes: int = 0
     begun: list[tuple[float, float, str]] = field(default_factory=list)
     """When each request came and was answered, and its path."""
 
@@ -54,11 +59,28 @@ class _Handler(BaseHTTPRequestHandler):
             return
         headers = {"Accept-Encoding": "identity"}
         answer = requests.get(proxy.target + self.path, headers=headers, timeout=30)
-        self._send(answer.status_code, answer.content)
+        self._send(answer.status_code, answer.content, answer.headers)
         proxy.begun.append((came, time.monotonic(), self.path))
 
-    def _send(self, status, content):
+    def do_POST(self):
+        proxy = self.proxy
+        content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        number, proxy.writes = proxy.writes, proxy.writes + 1
+        cut = number in proxy.cut_writes
+        if proxy.cut_answers or not cut:
+            kept = {name: value for name, value in self.headers.items() if name.lower() not in ("host", "connection")}
+            answer = requests.post(proxy.target + self.path, data=content, headers=kept, timeout=30)
+        if cut:
+            self.close_connection = True
+            self.connection.close()
+            return
+        self._send(answer.status_code, answer.content)
+
+    def _send(self, status, content, headers=()):
         self.send_response(status)
+        for name in headers:
+            if name.lower().startswith("x-goog-"):
+                self.send_header(name, headers[name])
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.proxy.fault == "cut":

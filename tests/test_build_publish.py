@@ -1,12 +1,26 @@
 import hashlib
 import json
+import os
+import subprocess
+import sys
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from proxy import run_proxy
 
 from build.local import BUCKET
-from build.publish import FILES, Bucket, PublishError, make_manifest, promote, publish
+from build.publish import (
+    FILES,
+    Bucket,
+    PublishError,
+    list_promotions,
+    make_manifest,
+    promote,
+    publish,
+    read_current,
+)
 from function.errors import ReleaseRefused
 from function.manifest import canonical, name_release, parse_manifest, parse_pointer
 from training.files import write_json
@@ -124,3 +138,72 @@ def test_a_tampered_manifest_is_refused(tmp_path):
 def test_a_torn_pointer_is_refused(stored):
     with pytest.raises(ReleaseRefused, match=r"current\.json: expected"):
         parse_pointer(stored)
+
+
+UPLOADS = len(FILES) + 4
+"""The files, the manifest, the verdict, the pointer, and the pointer's note."""
+
+
+def run_publish(bucket, uri, folder, until=lambda: False):
+    """Upload and promote as the pipeline does, in processes of their own; killed, and False, once `until` holds."""
+    environment = {**os.environ, "STORAGE_EMULATOR_HOST": bucket}
+    command = [sys.executable, "-m", "build.publish", "--model-uri", uri, "--release", str(folder)]
+    command += ["--inputs", str(folder / "inputs.json"), "--verdict", str(folder / "gate.json")]
+    for part in ([], ["--promote"]):
+        with subprocess.Popen([*command, *part], env=environment, stderr=subprocess.DEVNULL) as process:
+            while process.poll() is None:
+                if until():
+                    process.kill()
+                time.sleep(0.02)
+        if process.returncode:
+            return False
+    return True
+
+
+@pytest.fixture
+def judged(tmp_path):
+    """A folder that the gate let pass."""
+    make_release(tmp_path / "a", "one")
+    write_json(tmp_path / "a" / "inputs.json", {"inputs": "inputs one"})
+    write_json(tmp_path / "a" / "gate.json", {"passed": True, "sequence": 0, "reason": "", "bounds": []})
+    return tmp_path / "a"
+
+
+@pytest.mark.slow
+def test_a_connection_cut_at_any_upload_leaves_nothing_served_and_a_second_run_succeeds(bucket, judged):
+    for cut in range(UPLOADS):
+        uri = f"gs://{BUCKET}/{uuid.uuid4().hex}"
+        with run_proxy(bucket, cut_writes=range(cut, 1000)) as proxy:
+            assert not run_publish(proxy.address, uri, judged, until=lambda: proxy.writes > cut)  # noqa: B023
+        pointer, _ = Bucket(uri).read("current.json")
+        assert (pointer is not None) == (cut == UPLOADS - 1)  # the last one cut is the note of a promotion that was
+        assert run_publish(bucket, uri, judged)
+        assert len(list_promotions(Bucket(uri))) == 1
+        assert len(Bucket(uri).list("promotions/")) == 1
+
+
+@pytest.mark.slow
+def test_a_lost_acknowledgement_of_any_upload_is_no_failure(bucket, judged):
+    for cut in range(UPLOADS):
+        uri = f"gs://{BUCKET}/{uuid.uuid4().hex}"
+        with run_proxy(bucket, cut_writes=range(cut, cut + 1), cut_answers=True) as proxy:
+            assert run_publish(proxy.address, uri, judged)
+            assert proxy.writes > UPLOADS  # it was sent again
+        assert read_current(Bucket(uri))[0]["sequence"] == 1
+
+
+def test_twins_from_the_same_inputs_promote_once_and_the_other_says_so(bucket, tmp_path):
+    uri = f"gs://{BUCKET}/{uuid.uuid4().hex}"
+    for name in "ab":
+        make_release(tmp_path / name, "same")
+        made = json.loads((tmp_path / name / "manifest.json").read_text())
+        made["provenance"]["build_id"] = name
+        made["release"] = name_release(made)
+        (tmp_path / name / "manifest.json").write_bytes(canonical(made))
+        write_json(tmp_path / name / "inputs.json", {"inputs": "inputs same"})
+        write_json(tmp_path / name / "gate.json", {"passed": True, "sequence": 0, "reason": "", "bounds": []})
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(lambda name: run_publish(bucket, uri, tmp_path / name), "ab"))
+    target = Bucket(uri)
+    assert read_current(target)[0]["sequence"] == 1
+    assert len({name.split("/")[1] for name in target.list("releases/")}) == 2  # nothing is lost
