@@ -5,7 +5,7 @@ RUN = .venv/bin/python
 REQUIREMENTS = requirements.txt training/requirements.txt tests/requirements.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo release serve try test soak bench check lock clean
+.PHONY: help install demo release serve try status test soak bench story check lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -31,6 +31,9 @@ serve: install ## serve the current release: make serve PORT=8080
 try: install ## ask the current release: make try TEXT="요즘 너무 불안해"
 	@$(RUN) -m build.local try "$(TEXT)"
 
+status: install ## what is served, was served, was refused: make status MODEL_URI=gs://… PROJECT=… for the cloud's
+	@$(RUN) -m build.$(if $(MODEL_URI),status --model-uri $(MODEL_URI) $(if $(PROJECT),--project $(PROJECT)),local status)
+
 test: install ## all tests
 	$(RUN) -m pytest
 
@@ -40,6 +43,9 @@ soak: install ## load, refreshes, hostile requests, cold start at full length: a
 bench: install ## our engine beside others, and the whole function beside a torch one: make bench PEERS=1
 	$(RUN) -m build.bench $(if $(PEERS),--peers)
 	PYTHONPATH=. $(RUN) tests/soak.py --only cold_start --share 0.34
+
+story: install ## deploy, build, refresh, refusal, rollback: the real gcloud against a loopback stand-in
+	$(RUN) -m pytest -s tests/test_story.py
 
 check: install ## lint, types and the fast tests
 	$(RUN) -m ruff check .

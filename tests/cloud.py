@@ -182,14 +182,13 @@ class Cloud:
         values = {"PROJECT_ID": PROJECT, "BUILD_ID": build["id"], "COMMIT_SHA": "", "LOCATION": REGION}
         for name, value in build.get("substitutions", {}).items():
             values[name] = local.substitute(value, values)
-        build["status"] = "SUCCESS"
         for step in build["steps"]:
             environment = {**self.environment(), **values}
             step["status"] = self._run_step(step, work, environment)
             if step["status"] != "SUCCESS":
-                build["status"] = "FAILURE"
                 break
         build["finishTime"] = NOW
+        build["status"] = step["status"]  # the last act: gcloud waits for it
 
     def _run_step(self, step: dict, work: Path, environment: dict[str, str]) -> str:
         with (self.root / f"{work.name}.log").open("a") as log:
