@@ -269,13 +269,15 @@ class _Handler(BaseHTTPRequestHandler):
             timeout=60,
             allow_redirects=False,
         )
-        self.send_response(answer.status_code)
+        deleted = self.command == "DELETE" and answer.ok  # fake-gcs-server says 200 with "null", the API 204
+        self.send_response(204 if deleted else answer.status_code)
         for name, value in answer.headers.items():
             if name.lower() not in HOP_HEADERS:
                 self.send_header(name, value)
-        self.send_header("Content-Length", str(len(answer.content)))
+        content = b"" if deleted else answer.content
+        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(answer.content)
+        self.wfile.write(content)
 
     def _send(self, status: int, document: object) -> None:
         content = json.dumps(document).encode()

@@ -169,6 +169,20 @@ def test_from_nothing_to_a_rollback(cloud, tiny_bases, tmp_path):
     assert process.poll() is None
 
 
+def test_a_build_can_train_on_vertex_and_deploy_the_function(cloud, tiny_bases):
+    given = f"_MODEL_URI=gs://{BUCKET}/other,_DATA={DATA},{parameters(tiny_bases)},_TRAIN_ON=vertex"
+    given += ",_VERTEX_POLL_SECONDS=1,_DEPLOY=--service built --refresh-seconds 1"
+    submit = ["gcloud", "builds", "submit", ".", "--ignore-file=.gcloudignore-build", "--region", REGION]
+    cloud.run(*submit, "--gcs-source-staging-dir", f"gs://{BUCKET}/staging", "--substitutions", given)
+    status, log = last_build(cloud)
+    assert (status, log.count("skipped: trained on vertex")) == ("SUCCESS", 2)
+    (job,) = cloud.custom_jobs.values()
+    container = job["jobSpec"]["workerPoolSpecs"][0]["containerSpec"]
+    assert "build.local steps finetune,distill" in container["args"][1]
+    release = json.loads(cloud.read_object(BUCKET, "other/current.json"))["release"]
+    assert ask(cloud.services["built"]["status"]["url"])[1]["release"] == release
+
+
 def test_the_plain_functions_deploy_of_the_readme_serves(cloud):
     command = next(
         line.strip()

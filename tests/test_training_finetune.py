@@ -1,12 +1,14 @@
+import subprocess
+
 import numpy as np
 import pytest
 import torch
 
 from training.bases import fetch_base
 from training.examples import read_dataset
-from training.files import read_json
+from training.files import read_json, write_json
 from training.finetune import _Varied, adapt, finetune, parse_options
-from training.model import encoder_layers, load_checkpoint, load_encoder, new_checkpoint
+from training.model import encoder_layers, load_checkpoint, load_encoder, new_checkpoint, predict_logits
 
 pytestmark = pytest.mark.slow
 
@@ -36,6 +38,27 @@ def test_a_checkpoint_is_written_with_what_it_took(base, tiny_data, tmp_path):
     resources = read_json(tmp_path / "out" / "training.json")["resources"]
     assert resources["peak_memory_bytes"] > 1e8
     assert 0 < resources["trainable_parameters"] < resources["total_parameters"]
+
+
+def test_two_processes_of_accelerate_give_what_one_gives(base, tiny_data, tmp_path):
+    config = read_json(base / "config.json")
+    write_json(
+        base / "config.json", config | dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
+    )
+    options = ["--base", base, "--data", tiny_data, "--epochs", "2", "--token-dropout", "0", "--max-tokens", "64"]
+    launches = {"one": ["python", "-m"], "two": ["accelerate", "launch", "--cpu", "--num_processes", "2", "-m"]}
+    for name, (program, *rest) in launches.items():
+        command = [f".venv/bin/{program}", *rest, "training.finetune", *options, "--output", tmp_path / name]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    texts = read_dataset(tiny_data).test.texts
+    logits = [predict_logits(load_checkpoint(tmp_path / name), texts) for name in launches]
+    histories = [read_json(tmp_path / name / "training.json")["history"] for name in launches]
+    metrics = [[row["eval_macro_f1"] for row in history if "eval_macro_f1" in row] for history in histories]
+    assert metrics[0] == pytest.approx(metrics[1])
+    assert len(metrics[0]) == 2
+    difference = float(np.abs(logits[0] - logits[1]).max())
+    assert difference < 1e-3, f"largest difference of logits: {difference}"
 
 
 @pytest.mark.parametrize("family", ["bert", "xlm-roberta", "distilbert"])
