@@ -233,10 +233,13 @@ def _promote_judged(bucket: Bucket, folder: Path, verdict: dict, forced: str) ->
     """Promote what the gate let pass, or what a person forces, and say where it lies."""
     manifest = read_json(folder / "manifest.json")
     release = manifest["release"]
-    if not verdict["passed"] and not forced:
+    passed = verdict["passed"]
+    if not passed and not forced:
         raise PublishError(f"{release}: published, not promoted: {verdict['reason']}")
     try:
-        pointer = promote(bucket, release, after=None if forced else verdict["sequence"], forced=forced)
+        pointer = promote(
+            bucket, release, after=verdict["sequence"] if passed else None, forced="" if passed else forced
+        )
     except PublishError:
         winner, _ = read_current(bucket)
         stored, _ = bucket.read(f"releases/{winner['release']}/manifest.json") if winner else (None, 0)

@@ -2,7 +2,7 @@
 # A refresh on a schedule: a manual build trigger, and a Scheduler job that starts it. May be run again.
 #
 #   build/schedule.sh --project my-project --data gs://my-project-needs/needs/data
-#   build/schedule.sh --project my-project --repo my-repo --branch main     the source comes from a connected repository
+#   build/schedule.sh --project my-project --repo projects/…     the source comes from a connected repository
 #
 # Without a repository the trigger's first step fetches the source's archive, which this script puts into the bucket.
 # New data gets in by lying at --data when the build runs: add a file of labelled texts there, or replace one.
@@ -22,7 +22,7 @@ build/schedule.sh --project PROJECT [options]
   --data URI               gs://bucket/prefix of the texts (MODEL_URI/data, begun with training/data)
   --schedule CRON          ($schedule)
   --time-zone ZONE         ($time_zone)
-  --repo NAME              a repository resource connected to Cloud Build; without one the source lies in the bucket
+  --repo NAME              projects/…/connections/…/repositories/…; without one the source lies in the bucket
   --branch NAME            of the repository ($branch)
   --set _NAME=VALUE,...    more of the pipeline's parameters
   --run-now                start the first build at once
@@ -75,7 +75,7 @@ there storage ls "$data/labels.json" || act storage cp training/data/*.json trai
 
 substitutions="_MODEL_URI=$model_uri,_DATA=$data,_SERVICE_ACCOUNT=$account${set_:+,$set_}"
 if [ -n "$repo" ]; then
-  origin=(--build-config cloudbuild.yaml --repository "$repo" --repository-type=CLOUD_BUILD --branch "$branch")
+  origin=(--build-config cloudbuild.yaml --repository "$repo" --branch "$branch")
 else
   archive=$(mktemp -d)/source.tgz
   trap 'rm -rf "$(dirname "$archive")"' EXIT

@@ -9,8 +9,10 @@ set -euo pipefail
 place=${_MODEL_URI%/}/training/$BUILD_ID
 mounted=/gcs/${place#gs://}
 declare -px | grep '^declare -x _[A-Z]' > .local/build/parameters.sh
-tar -czf - --exclude __pycache__ build function training tests/requirements.txt main.py requirements.txt Makefile \
-  pyproject.toml cloudbuild.yaml .local/build | gcloud storage cp - "$place/in.tgz"
+packed=$(mktemp -d)/in.tgz
+tar -czf "$packed" --exclude __pycache__ build function training tests/requirements.txt main.py requirements.txt \
+  Makefile pyproject.toml cloudbuild.yaml .local/build
+gcloud storage cp "$packed" "$place/in.tgz"
 
 command="set -e; cd \"\$(mktemp -d)\"; tar -xzf $mounted/in.tgz; . .local/build/parameters.sh; export _TRAIN_ON=build
 make install; .venv/bin/python -m build.local steps finetune,distill

@@ -322,6 +322,11 @@ def show_account(cloud: Cloud, _: dict, __: dict, email: str) -> dict:
     return cloud.accounts[email]
 
 
+def show_default_account(*_) -> dict:
+    account = f"projects/{PROJECT}/serviceAccounts/123456-compute@developer.gserviceaccount.com"
+    return {"name": f"{HERE}/defaultServiceAccount", "serviceAccountEmail": account}
+
+
 def show_policy(cloud: Cloud, _: dict, __: dict, resource: str) -> dict:
     return cloud.policies.get(resource, {"version": 1, "etag": "BwU=", "bindings": []})
 
@@ -538,7 +543,7 @@ def list_jobs(cloud: Cloud, *_) -> dict:
 
 HERE = f"projects/{PROJECT}/locations/{REGION}"
 SERVICES = f"/apis/serving.knative.dev/v1/namespaces/{PROJECT}/services"
-STORAGE = re.compile(r"/(upload/|download/|resumable/)?storage/v1/|/batch/")
+STORAGE = re.compile(r"/(resumable/)?(upload/|download/)?storage/v1/|/batch/")
 OWN = re.compile(r"\w+ /storage/v1/b/[^/]+/iam|(GET|PATCH) /storage/v1/b/[^/]+")
 """Of storage's calls, those that fake-gcs-server cannot answer."""
 ROUTES = [
@@ -553,6 +558,7 @@ ROUTES = [
     ("PUT", r"/storage/v1/b/([^/]+)/iam", set_policy),
     ("POST", r"/v1/projects/[^/]+/serviceAccounts", make_account),
     ("GET", r"/v1/projects/[^/]+/serviceAccounts/([^/]+)", show_account),
+    ("GET", rf"/v1/{HERE}/defaultServiceAccount", show_default_account),
     ("GET", rf"/v1/{HERE}/repositories/[^/]+", show_repository),
     ("GET", rf"/v2/{HERE}/functions/([^/]+)", show_function),
     ("GET", rf"/v2/{HERE}/runtimes", list_runtimes),

@@ -3,11 +3,14 @@ import uuid
 
 import numpy as np
 import pytest
+import yaml
+from google.cloud.devtools.cloudbuild_v1 import Build
+from google.protobuf.json_format import ParseDict, ParseError
 from known import LABELS, NAMES, write_known, write_manifest
 
 from build.fresh import find_same, gather_inputs
 from build.gate import judge, parse_arguments
-from build.local import BUCKET
+from build.local import BUCKET, PIPELINE
 from build.parameters import find_problems, model_parameters, read_defaults
 from build.publish import Bucket, PublishError, list_promotions, promote, publish, publish_verdict
 from build.rollback import list_releases
@@ -174,6 +177,13 @@ def test_inputs_change_with_data_code_base_and_model_parameters_and_with_nothing
 def test_an_unknown_or_empty_parameter_is_a_problem(given, problem):
     (found,) = find_problems(given, read_defaults())
     assert found.startswith(problem)
+
+
+def test_the_pipeline_is_what_the_api_takes():
+    pipeline = yaml.safe_load(PIPELINE.read_text("utf-8"))
+    ParseDict(pipeline, Build.pb(Build()))
+    with pytest.raises(ParseError, match="unknown"):
+        ParseDict(pipeline | {"unknown": 1}, Build.pb(Build()))
 
 
 def test_empty_is_right_where_the_default_is_and_other_variables_are_no_parameters():

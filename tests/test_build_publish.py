@@ -144,12 +144,12 @@ UPLOADS = len(FILES) + 4
 """The files, the manifest, the verdict, the pointer, and the pointer's note."""
 
 
-def run_publish(bucket, uri, folder, until=lambda: False):
+def run_publish(bucket, uri, folder, until=lambda: False, force=""):
     """Upload and promote as the pipeline does, in processes of their own; killed, and False, once `until` holds."""
     environment = {**os.environ, "STORAGE_EMULATOR_HOST": bucket}
     command = [sys.executable, "-m", "build.publish", "--model-uri", uri, "--release", str(folder)]
     command += ["--inputs", str(folder / "inputs.json"), "--verdict", str(folder / "gate.json")]
-    for part in ([], ["--promote"]):
+    for part in ([], ["--promote", "--force", force]):
         with subprocess.Popen([*command, *part], env=environment, stderr=subprocess.DEVNULL) as process:
             while process.poll() is None:
                 if until():
@@ -167,6 +167,17 @@ def judged(tmp_path):
     write_json(tmp_path / "a" / "inputs.json", {"inputs": "inputs one"})
     write_json(tmp_path / "a" / "gate.json", {"passed": True, "sequence": 0, "reason": "", "bounds": []})
     return tmp_path / "a"
+
+
+def test_what_the_gate_refused_is_published_and_promoted_only_by_force(bucket, judged):
+    uri = f"gs://{BUCKET}/{uuid.uuid4().hex}"
+    refusal = {"passed": False, "sequence": 0, "reason": "macro-F1: expected at least 0.5, found 0.1", "bounds": []}
+    write_json(judged / "gate.json", refusal)
+    assert not run_publish(bucket, uri, judged)
+    assert Bucket(uri).read("current.json") == (None, 0)
+    assert len(Bucket(uri).list("verdicts/")) == 1
+    assert run_publish(bucket, uri, judged, force="the test split is wrong")
+    assert read_current(Bucket(uri))[0]["forced"] == "the test split is wrong"
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from training.files import write_json
 
 ROOT = Path(__file__).parent.parent
 BUCKET, MODEL_URI = f"{PROJECT}-needs", f"gs://{PROJECT}-needs/needs"
-DATA = f"{MODEL_URI}/data"
+DATA, OTHER = f"{MODEL_URI}/data", f"gs://{BUCKET}/other"
 LABELS = [{"name": "소속감", "id": "belonging"}, {"name": "즐거움", "id": "enjoyment"}]
 FOLLOW_SECONDS = 20
 
@@ -169,8 +169,20 @@ def test_from_nothing_to_a_rollback(cloud, tiny_bases, tmp_path):
     assert process.poll() is None
 
 
-def test_a_build_can_train_on_vertex_and_deploy_the_function(cloud, tiny_bases):
-    given = f"_MODEL_URI=gs://{BUCKET}/other,_DATA={DATA},{parameters(tiny_bases)},_TRAIN_ON=vertex"
+@pytest.fixture
+def bucket_there(cloud):
+    """As after a first deploy."""
+    requests.post(f"{cloud.storage}/storage/v1/b", json={"name": BUCKET}, timeout=60)
+
+
+@pytest.mark.usefixtures("bucket_there")
+def test_a_build_can_train_on_vertex_and_deploy_the_function(cloud, tiny_bases, tmp_path):
+    write_json(tmp_path / "labels.json", LABELS)
+    write_texts(tmp_path / "a.jsonl", 0, 120)
+    cloud.run(
+        "gcloud", "storage", "cp", *(str(tmp_path / name) for name in ("labels.json", "a.jsonl")), f"{OTHER}/data/"
+    )
+    given = f"_MODEL_URI={OTHER},_DATA={OTHER}/data,{parameters(tiny_bases)},_TRAIN_ON=vertex"
     given += ",_VERTEX_POLL_SECONDS=1,_DEPLOY=--service built --refresh-seconds 1"
     submit = ["gcloud", "builds", "submit", ".", "--ignore-file=.gcloudignore-build", "--region", REGION]
     cloud.run(*submit, "--gcs-source-staging-dir", f"gs://{BUCKET}/staging", "--substitutions", given)
@@ -247,11 +259,20 @@ def test_a_dry_run_only_reads(cloud):
         assert command in said
 
 
+@pytest.mark.usefixtures("bucket_there")
 def test_a_trigger_of_a_connected_repository_is_accepted(cloud):
-    cloud.run("build/schedule.sh", "--project", PROJECT, "--service", "git", "--repo", "needs-repository")
+    cloud.run(
+        "build/schedule.sh",
+        "--project",
+        PROJECT,
+        "--service",
+        "git",
+        "--repo",
+        f"projects/{PROJECT}/locations/{REGION}/connections/git/repositories/needs",
+    )
     trigger = cloud.triggers["git-refresh"]
     assert "build" not in trigger
-    assert "needs-repository" in json.dumps(trigger)
+    assert "connections/git/repositories/needs" in json.dumps(trigger)
 
 
 def test_shell_scripts_pass_shellcheck():
