@@ -72,7 +72,7 @@ class Engine:
     """Milliseconds by length in tokens."""
     flips: float | None = None
     peak_mb: float = 0.0
-    process: subprocess.Popen = field(init=False)
+    process: subprocess.Popen[str] = field(init=False)
 
     def run(self, ids: np.ndarray) -> tuple[float, np.ndarray]:
         """Milliseconds and float32 [L] logits of int64 [1, T] ids."""
@@ -80,12 +80,14 @@ class Engine:
         return answer["ms"], np.array(answer["logits"], np.float32)
 
     def _ask(self, line: list | None) -> dict:
+        asked, answers = self.process.stdin, self.process.stdout
         if line is not None:
-            print(json.dumps(line), file=self.process.stdin, flush=True)
-        answer = self.process.stdout.readline()
+            print(json.dumps(line), file=asked, flush=True)
+        answer = answers.readline() if answers else ""
         if not answer:
             raise BenchError(f"{self.name}: expected an answer, found the process ended; its lines above say why")
-        return json.loads(answer)
+        found: dict = json.loads(answer)
+        return found
 
     @contextmanager
     def started(self, threads: int) -> Iterator["Engine"]:
@@ -100,9 +102,7 @@ class Engine:
             yield self
         finally:
             self.process.terminate()
-            self.process.wait()
-            for pipe in (self.process.stdin, self.process.stdout):
-                pipe.close()
+            self.process.communicate()
 
     def peak_megabytes(self) -> float:
         """The most that its process has held; 0 where there is no /proc."""
@@ -117,7 +117,7 @@ class Engine:
 
 def make_distilbert(labels: int, checkpoint: Checkpoint, folder: Path) -> None:
     """A checkpoint of DistilBERT-multilingual's architecture with random weights, and its ONNX file."""
-    encoder = DistilBertModel._from_config(
+    encoder = DistilBertModel._from_config(  # type: ignore[no-untyped-call]
         DistilBertConfig(vocab_size=DISTILBERT_PIECES), attn_implementation="eager", dtype=torch.float32
     )
     model = NeedsClassifier(encoder, labels).eval()

@@ -31,12 +31,13 @@ def load_torch(path: str, threads: int, *, compiled: bool = False) -> Run:
     torch.set_num_threads(threads)
     model = load_checkpoint(Path(path)).model
     if compiled:
-        model = torch.compile(model, dynamic=True)
+        model.compile(dynamic=True)
 
     def run(ids: np.ndarray) -> np.ndarray:
         tensor = torch.from_numpy(ids)
         with torch.inference_mode():
-            return model(input_ids=tensor, attention_mask=torch.ones_like(tensor)).logits[0].numpy()
+            logits: np.ndarray = model(input_ids=tensor, attention_mask=torch.ones_like(tensor)).logits[0].numpy()
+        return logits
 
     return run
 
@@ -86,7 +87,8 @@ def load_optimum(path: str, threads: int) -> Run:
     def run(ids: np.ndarray) -> np.ndarray:
         feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
         hidden = session.run(None, {name: feeds[name] for name in names})[0][0]  # [T, H]
-        return hidden.mean(0) @ head["weight"].T + head["bias"]
+        logits: np.ndarray = hidden.mean(0) @ head["weight"].T + head["bias"]
+        return logits
 
     return run
 

@@ -44,9 +44,10 @@ class _OneText(torch.nn.Module):
         self.model = model
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        if isinstance(self.model, NeedsClassifier):
-            return self.model(input_ids=input_ids).logits
-        return self.model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).logits  # for fusion to find
+        own = isinstance(self.model, NeedsClassifier)
+        mask = None if own else torch.ones_like(input_ids)  # another's has it in its graph for fusion to find
+        logits: torch.Tensor = self.model(input_ids=input_ids, attention_mask=mask).logits
+        return logits
 
 
 def import_checkpoint(source: Path, output: Path, texts: list[str], scripts: tuple[str, ...]) -> Path:

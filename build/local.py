@@ -85,7 +85,8 @@ def free_port() -> int:
     """A loopback port that nothing listens on now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+        port: int = listener.getsockname()[1]
+    return port
 
 
 @contextmanager
@@ -185,7 +186,7 @@ def _commit() -> str:
 def post(address: str, body: dict) -> dict:
     """Ask the function. Raises LocalError with its problem's detail."""
     response = requests.post(address, json=body, timeout=60)
-    answer = response.json()
+    answer: dict = response.json()
     if response.status_code != 200:
         raise LocalError(f"{address}: expected 200, found {response.status_code}: {answer['detail']}")
     return answer

@@ -5,8 +5,7 @@ Font License) comes from the package koreanize-matplotlib.
 """
 
 import io
-from importlib.util import find_spec
-from pathlib import Path
+from importlib.metadata import distribution
 
 import matplotlib as mpl
 import numpy as np
@@ -19,8 +18,8 @@ from training.evaluate import HALF
 mpl.rcParams.update({"svg.fonttype": "path", "svg.hashsalt": "needs", "font.family": "NanumGothic", "font.size": 10})
 mpl.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.unicode_minus": False})
 # found, not imported: its import needs setuptools
-_FONTS = Path(find_spec("koreanize_matplotlib").origin).with_name("fonts")
-font_manager.fontManager.addfont(_FONTS / "NanumGothic.ttf")
+_FONTS = distribution("koreanize-matplotlib").locate_file("koreanize_matplotlib/fonts")
+font_manager.fontManager.addfont(str(_FONTS / "NanumGothic.ttf"))
 
 BINS = 10
 FEWEST = 5

@@ -276,7 +276,7 @@ def even_tokens(graph: onnx.GraphProto, products: list[onnx.NodeProto]) -> None:
         graph.node.insert(at + 1, after)
         for i, new in enumerate(before):
             graph.node.insert(at + i, new)
-    graph.initializer.append(numpy_helper.from_array(np.float32(GELU_LEAST), "least"))
+    graph.initializer.append(numpy_helper.from_array(np.array(GELU_LEAST, np.float32), "least"))
 
 
 def split_embeddings(graph: onnx.GraphProto, positions: int) -> list[str]:
@@ -317,9 +317,10 @@ def split_embeddings(graph: onnx.GraphProto, positions: int) -> list[str]:
 
 
 def _embedding_nodes(ids: str, gamma: str, beta: str, output: str, epsilon: float) -> Iterator[onnx.NodeProto]:
-    def node(kind: str, inputs: list[str], output: str, domain: str = "", **attributes: object) -> onnx.NodeProto:
+    def node(kind: str, inputs: list[str], output: str, domain: str = "", **attributes: int | float) -> onnx.NodeProto:
         names = [name if name in (ids, gamma, beta) else f"embed_{name}" for name in inputs]
-        return helper.make_node(kind, names, [output], name=output, domain=domain, **attributes)
+        made: onnx.NodeProto = helper.make_node(kind, names, [output], name=output, domain=domain, **attributes)  # type: ignore[arg-type]
+        return made
 
     yield node("Gather", ["rows", ids], "embed_bytes")  # int8 [1, T, H]
     yield node("Cast", ["bytes"], "embed_floats", to=TensorProto.FLOAT)
@@ -339,7 +340,7 @@ def _find_largest(model: onnx.ModelProto, names: list[str], windows: list[np.nda
     watched.CopyFrom(model)
     watched.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
     session = InferenceSession(watched.SerializeToString(), providers=["CPUExecutionProvider"])
-    largest = dict.fromkeys(names, np.float32(0))
+    largest = dict.fromkeys(names, np.zeros(1, np.float32))
     for ids in tqdm(windows, "calibrate", leave=False):
         for name, values in zip(names, session.run(names, {"input_ids": ids}), strict=True):  # [1, T, channels]
             largest[name] = np.maximum(largest[name], np.abs(values).max((0, 1)))

@@ -57,7 +57,8 @@ def _ask(*command: str) -> list[dict]:
     done = subprocess.run(["gcloud", *command, "--format=json"], capture_output=True, text=True)
     if done.returncode:
         raise PublishError(f"gcloud {' '.join(command[:2])}: expected exit code 0, found: {done.stderr.strip()}")
-    return json.loads(done.stdout or "[]")
+    found: list[dict] = json.loads(done.stdout or "[]")
+    return found
 
 
 def main() -> None:

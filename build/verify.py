@@ -121,7 +121,7 @@ def measure_tokenizer(path: Path, runs: int = 5) -> float:
 
 def _judge(dataset: Dataset, exact: list[np.ndarray], quantized: list[np.ndarray]) -> dict:
     thresholds = choose_thresholds(quantized[0], dataset.validation.targets)
-    judged = {
+    judged: dict = {
         "fp32": summarize_scores(exact[1], dataset.test.targets),
         "int8": summarize_scores(quantized[1], dataset.test.targets),
         "int8_at_thresholds": summarize_scores(quantized[1], dataset.test.targets, thresholds),

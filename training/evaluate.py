@@ -9,6 +9,7 @@ chosen on validation alone.
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +31,7 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
 
 def summarize_scores(
     probabilities: np.ndarray, targets: np.ndarray, thresholds: np.ndarray | float = HALF
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Micro and macro F1 of [B, L] decisions, and the F1 of each label in order.
 
     A target counts from 0.5 on. A label that is neither there nor claimed has

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from training.examples import Label
@@ -79,7 +79,7 @@ def load_encoder(folder: Path) -> nn.Module:
     return AutoModel.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32, **without)
 
 
-def encoder_of(model: nn.Module) -> nn.Module:
+def encoder_of(model: nn.Module) -> PreTrainedModel:
     """The encoder of a classifier, ours or a `…ForSequenceClassification`."""
     return model.encoder if hasattr(model, "encoder") else model.base_model
 
