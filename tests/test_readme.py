@@ -4,16 +4,20 @@ import json
 import re
 import subprocess
 import uuid
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from known import release_known
 
 from build import local
+from function.app import STATUS_CODES
+from function.settings import Settings
 
-EXAMPLES = re.findall(
-    r"^\$ (curl .*)\n(\{.*\})$", Path(__file__).parent.parent.joinpath("README.md").read_text("utf-8"), re.M
-)
+TOP = ("main.py", "cloudbuild.yaml", "requirements.txt", "Makefile", "pyproject.toml")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+EXAMPLES = re.findall(r"^\$ (curl .*)\n(\{.*\})$", README, re.M)
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +49,49 @@ def test_a_curl_command_gets_its_answer(address, command, answer):
     found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=30).stdout
     assert mask(json.loads(found)) == mask(json.loads(answer))
     assert list(json.loads(found)) == list(json.loads(answer))
+
+
+def read_section(title):
+    return README.split(f"## {title}\n")[1].split("\n## ")[0]
+
+
+def test_the_table_of_settings_is_the_functions():
+    rows = re.findall(r"^\| `(\w+)` \| (\S+) \| ([^|]+) \| ([^|]+) \|$", read_section("Settings of the function"), re.M)
+    shown = {field.name.upper(): str(field.default) or "empty" for field in fields(Settings)} | {
+        "MODEL_URI": "required"
+    }
+    assert {name: default for name, default, _, _ in rows} == {
+        name: default.removesuffix(".0") for name, default in shown.items()
+    }
+    assert [(unit, help_) for _, _, unit, help_ in rows] == [
+        (field.metadata["unit"], field.metadata["help"]) for field in fields(Settings)
+    ]
+
+
+def test_the_table_of_errors_has_every_status_code():
+    rows = re.findall(r"^\| (\d+) \|", read_section("Errors"), re.M)
+    assert rows == sorted({str(code) for code in STATUS_CODES.values()})
+
+
+def test_the_tree_is_the_one_in_git():
+    listed, folder = set(), ""
+    for line in re.findall(r"^(?! *```)( *\S+)  +\S", read_section("The tree"), re.M):
+        name = line.strip()
+        if not line.startswith(" "):
+            folder = name if name.endswith("/") else ""
+        listed.add(name if name == folder or not folder else folder + name)
+    tracked = subprocess.run(
+        ["git", "ls-files", *TOP, "function", "training", "build", "tests"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split()
+    files = {path for path in tracked if not re.search(r"__init__\.py$|tests/test_|/data/|/twins/", path)}
+    rooms = {f"{room}/" for room in ("function", "training", "build", "tests")}
+    assert listed == files | rooms | {"training/data/", "tests/twins/"}
+
+
+def test_every_make_target_and_module_of_the_readme_exists():
+    targets = set(re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text("utf-8"), re.M))
+    assert set(re.findall(r"`make ([a-z]+)", README)) <= targets
+    for module in set(re.findall(r"-m ((?:build|training)\.\w+)", README)):
+        assert (ROOT / f"{module.replace('.', '/')}.py").exists(), module
+    for script in set(re.findall(r"build/\w+\.sh", README)):
+        assert (ROOT / script).exists(), script
