@@ -95,3 +95,11 @@ def test_every_make_target_and_module_of_the_readme_exists():
         assert (ROOT / f"{module.replace('.', '/')}.py").exists(), module
     for script in set(re.findall(r"build/\w+\.sh", README)):
         assert (ROOT / script).exists(), script
+
+
+def test_the_korean_readme_gives_no_command_that_the_english_one_does_not():
+    korean = (ROOT / "README.ko.md").read_text("utf-8")
+    lines = [line for block in re.findall(r"```\n(.*?)```", korean, re.S) for line in block.splitlines()]
+    commands = [line.split("  #")[0].strip() for line in lines]
+    assert len(commands) > 8
+    assert [command for command in commands if command not in README] == []
