@@ -171,8 +171,8 @@ def make_environments(folder: Path) -> dict[str, str]:
 def make_windows(windows: list[np.ndarray], length: int, count: int) -> list[np.ndarray]:
     """`count` int64 [1, length] windows of real texts, one after another, between a window's own first and last ids."""
     first, last = windows[0][0, :1], windows[0][0, -1:]
-    body = np.concatenate([ids[0, 1:-1] for ids in windows])
     room = length - 2
+    body = np.resize(np.concatenate([ids[0, 1:-1] for ids in windows]), count * room)  # few texts come round again
     return [np.concatenate([first, body[at * room : (at + 1) * room], last])[None] for at in range(count)]
 
 

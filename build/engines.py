@@ -1,7 +1,7 @@
 """Engines: the same weights behind each way to run them, one a process, asked line by line.
 
 `build.bench` starts this file under the Python of the engine's own environment,
-so it imports nothing of the project but where torch's own model is asked. A line
+so it imports of the project only what an engine itself needs. A line
 of JSON `[[ids]]` on standard input is a run; the answer is a line
 `{"ms": …, "logits": […]}`, the first line being `{"ready": …}`.
 

@@ -37,7 +37,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime import GraphOptimizationLevel, InferenceSession, SessionOptions
 from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -52,6 +51,7 @@ from function.classifier import Classifier
 from training.evaluate import HALF, match_labels, summarize_scores
 from training.examples import DataError, Dataset, Label, read_dataset
 from training.files import read_json, write_json
+from training.model import cut
 
 INT8 = "model.onnx"
 NOTE = "quantization.json"
@@ -67,6 +67,8 @@ SMALLEST = 1e-5
 """In place of a channel that was never active."""
 SMALL = 1 << 16
 """A product of fewer weights stays in fp32."""
+SLOW = {"SkipLayerNormalization", "BiasGelu"}
+"""Fused operators that `split_slow_fusions` writes out."""
 GELU_LEAST = 0.17
 """No output of GELU is lower than minus this."""
 
@@ -158,10 +160,15 @@ def quantize(source: Path, output: Path, windows: list[np.ndarray], max_tokens: 
                 f"quantization: expected integer products and attention, found {sorted(kinds)}; fuse first"
             )
         optimize_graph(new, output)
+    left = {node.op_type for node in onnx.load(output).graph.node} & SLOW
+    if left:
+        raise ValueError(
+            f"optimization: expected none of {sorted(SLOW)}, found {sorted(left)}; compare onnxruntime's version"
+        )
 
 
 def optimize_graph(source: Path, output: Path) -> None:
-    """Let ONNX Runtime fuse what it would fuse at every cold start; the function loads the result as it is.
+    """Let ONNX Runtime fuse what it would fuse at every cold start, but for two; the function loads the result as it is.
 
     Level "extended" is for any CPU, "all" would be for this one:
     https://onnxruntime.ai/docs/performance/model-optimizations/graph-optimizations.html#offline-mode
@@ -186,7 +193,7 @@ def split_slow_fusions(graph: onnx.GraphProto) -> None:
     for Add and LayerNormalization, 227 for BiasGelu and 125 for Gelu, whose bias
     goes into the product before it. (`make bench` shows what the model gains.)
     """
-    for node in [node for node in graph.node if node.op_type in ("SkipLayerNormalization", "BiasGelu")]:
+    for node in [node for node in graph.node if node.op_type in SLOW]:
         inputs, (output, name) = list(node.input), (node.output[0], node.name)
         if node.op_type == "BiasGelu":
             product, bias = inputs
@@ -351,14 +358,14 @@ def read_windows(folder: Path, texts: list[str]) -> list[np.ndarray]:
     """int64 [1, T] token ids of texts as an exported model takes them."""
     made = read_json(folder / "export.json")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    encodings = tokenizer.encode_batch([made["prefix"] + text for text in texts])
-    return [np.array([encoding.ids[: made["max_tokens"]]], np.int64) for encoding in encodings]
+    rows = [encoding.ids for encoding in tokenizer.encode_batch([made["prefix"] + text for text in texts])]
+    return [np.array([cut(row, made["max_tokens"])], np.int64) for row in rows]
 
 
 def load_classifier(
     folder: Path, model: Path, max_tokens: int | None = None, max_windows: int = MAX_WINDOWS
 ) -> Classifier:
-    """The function's own classifier on one of the models that were exported into `folder`."""
+    """The function's own classifier, on one thread, with one of the models that were exported into `folder`."""
     made = read_json(folder / "export.json")
     return Classifier(
         model.read_bytes(),
@@ -366,7 +373,7 @@ def load_classifier(
         prefix=made["prefix"],
         max_tokens=max_tokens or made["max_tokens"],
         max_windows=max_windows,
-        threads=torch.get_num_threads(),
+        threads=1,
     )
 
 

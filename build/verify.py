@@ -104,7 +104,7 @@ def measure_engines(
     engines = [engine for engine in list_engines(source, folder) if engine.kind != "torch-compiled"]
     with ExitStack() as running:
         for engine in engines:
-            running.enter_context(engine.started(torch.get_num_threads()))
+            running.enter_context(engine.started(threads=1))
         measure_latency(engines, read_windows(folder, texts), lengths, LATENCY_RUNS)
     return {engine.name: {n: round(engine.median(n), 2) for n in lengths} for engine in engines}
 

@@ -6,7 +6,7 @@ encoder, not at random (Kumar et al. 2022, https://arxiv.org/abs/2202.10054):
 E5's mean vectors differ little from text to text, and under a random head an
 epoch passed before the loss moved at all. By default the embeddings and the
 lowest third of the layers stay as they are, as in the study that this project
-follows: they hold what the base knows of the language, and 6,000 texts would
+follows: they hold what the base knows of the language, and some thousand texts would
 only wear it off.
 Against over-fitting, a share of each text's tokens is left out anew every time
 it is seen (word dropout, Iyyer et al. 2015, https://aclanthology.org/P15-1162).
@@ -20,9 +20,12 @@ several processes share each batch under `accelerate launch -m training.finetune
 """
 
 import argparse
+import hashlib
+import json
 import math
 import os
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -97,7 +100,8 @@ def finetune(base: Path, dataset: Dataset, output: Path, options: argparse.Names
         optimizers=(_optimizer(checkpoint.model, options.learning_rate), None),
         callbacks=[EarlyStoppingCallback(PATIENCE)],
     )
-    trainer.train(resume_from_checkpoint=_resumable(state, base, options))
+    digest = hash_examples(dataset)
+    trainer.train(resume_from_checkpoint=_resumable(trainer, state, base, digest, options))
     checkpoint.model.cpu()
     resources = parameter_counts(checkpoint.model)
     if options.strategy == "lora":
@@ -108,7 +112,9 @@ def finetune(base: Path, dataset: Dataset, output: Path, options: argparse.Names
         checkpoint.provenance |= {name: value for name, value in vars(options).items() if name in PARAMETERS}
         save_checkpoint(checkpoint, output)
         resources |= _resources(*started)
-        write_json(output / "training.json", {"resources": resources, "history": trainer.state.log_history})
+        noted = {"resources": resources, "texts": digest, "history": trainer.state.log_history}
+        write_json(output / "training.json", noted)
+        shutil.rmtree(state)  # there to go on from, and no longer needed
     trainer.accelerator.wait_for_everyone()
     return checkpoint
 
@@ -283,14 +289,24 @@ def _macro_f1(prediction: EvalPrediction) -> dict[str, float]:
     return {"macro_f1": summary["macro_f1"], "micro_f1": summary["micro_f1"]}
 
 
-def _resumable(state: Path, base: Path, options: argparse.Namespace) -> str | None:
-    """The last state of an interrupted run with the very same options, if there is one."""
+def hash_examples(dataset: Dataset) -> str:
+    """The sha256 of all that is trained and chosen on, texts and targets."""
+    digest = hashlib.sha256()
+    for examples in (dataset.train, dataset.validation):
+        digest.update(json.dumps(examples.texts).encode() + np.ascontiguousarray(examples.targets).tobytes())
+    return digest.hexdigest()
+
+
+def _resumable(trainer: Trainer, state: Path, base: Path, digest: str, options: argparse.Namespace) -> str | None:
+    """The last state of an interrupted run with the very same options, base and texts, if there is one."""
     wanted = {name: str(value) for name, value in sorted(vars(options).items())}
-    wanted["base_revision"] = read_json(base / "base.json")["revision"]
+    wanted |= {"base_revision": read_json(base / "base.json")["revision"], "texts": digest}
     noted = state / "options.json"
     same = noted.exists() and read_json(noted) == wanted
     last = get_last_checkpoint(str(state)) if same else None
-    write_json(noted, wanted)
+    trainer.accelerator.wait_for_everyone()  # all have read it
+    if trainer.is_world_process_zero():
+        write_json(noted, wanted)
     if last:
         print(f"going on from {last}")
     return last

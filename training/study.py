@@ -24,7 +24,7 @@ from training.baseline import predict_baseline, predict_static
 from training.evaluate import calibration_error, sigmoid, summarize_scores
 from training.examples import Dataset, read_dataset
 from training.files import read_json, write_json
-from training.finetune import STRATEGIES
+from training.finetune import STRATEGIES, hash_examples
 from training.model import DEFAULT_MAX_TOKENS, encode, load_checkpoint, new_checkpoint, predict_logits
 
 RATES = {"lora": 5e-4}
@@ -32,18 +32,19 @@ RATES = {"lora": 5e-4}
 
 
 def run_strategy(strategy: str, seed: int, dataset: Dataset, folder: Path, options: list[str]) -> dict:
-    """Fine-tune into `folder`, unless that was done, and judge on validation.
+    """Fine-tune into `folder`, unless that was done with the same texts, and judge on validation.
 
     `strategy` may end in the number of layers to keep: "partial-6".
     """
-    if not (folder / "training.json").exists():
+    noted = folder / "training.json"
+    if not noted.exists() or read_json(noted).get("texts") != hash_examples(dataset):
         name, _, layers = strategy.partition("-")
         command = [sys.executable, "-m", "training.finetune", "--strategy", name, "--layers", layers or "0"]
         rate = ["--learning-rate", str(RATES[name])] if name in RATES else []
         subprocess.run([*command, "--seed", str(seed), "--output", str(folder), *rate, *options], check=True)
     checkpoint = load_checkpoint(folder)
     scores = sigmoid(predict_logits(checkpoint, dataset.validation.texts))
-    return {**judge(scores, dataset), **read_json(folder / "training.json")["resources"]}
+    return {**judge(scores, dataset), **read_json(noted)["resources"]}
 
 
 def run_rivals(base: Path, dataset: Dataset, rows: int) -> dict[str, dict]:
