@@ -32,7 +32,7 @@ try: install ## ask the current release: make try TEXT="요즘 너무 불안해"
 	@$(RUN) -m build.local try "$(TEXT)"
 
 status: install ## what is served, was served, was refused: make status MODEL_URI=gs://… PROJECT=… for the cloud's
-	@$(RUN) -m build.$(if $(MODEL_URI),status --model-uri $(MODEL_URI) $(if $(PROJECT),--project $(PROJECT)),local status)
+	@$(RUN) -m build.$(if $(MODEL_URI),status --model-uri $(MODEL_URI) $(if $(PROJECT),--project $(PROJECT)) $(if $(REGION),--region $(REGION)),local status)
 
 test: install ## all tests
 	$(RUN) -m pytest

@@ -8,10 +8,12 @@
 # is used, not `gcloud functions deploy`, because the start-up probe and CPU boost are flags of that one only.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+script=deploy.sh
+. build/gcloud.sh
 
 project="" region=asia-northeast3 service=needs model_uri="" release=current
 memory=512Mi cpu=1 concurrency=4 threads=8 min_instances=0 max_instances=10 refresh_seconds=300 max_calls=1000
-bigquery=needs.score settings="" dry_run="" function_only=""
+max_body_bytes=10485760 bigquery=needs.score settings="" dry_run="" function_only="" build_may_deploy="" vertex=""
 
 usage() {
   cat <<TEXT
@@ -28,22 +30,22 @@ build/deploy.sh --project PROJECT [options]
   --max-instances N          ($max_instances)
   --refresh-seconds S        how often a new release is looked for ($refresh_seconds)
   --max-calls N              rows of a BigQuery call ($max_calls)
+  --max-body-bytes N         of a request ($max_body_bytes); a BigQuery call has all its rows in one
   --bigquery DATASET.NAME    of the remote function in the SQL that is printed ($bigquery)
   --set NAME=VALUE,...       more settings of the function
+  --build-may-deploy         give the build the rights that its parameter _DEPLOY needs
+  --vertex                   give the build the rights, and the project the service, that _TRAIN_ON=vertex needs
   --function-only            deploy the function alone: services, bucket and accounts are there
   --dry-run                  print what would be done
 TEXT
-}
-
-fail() {
-  echo "deploy.sh: $1" >&2
-  exit 2
 }
 
 while [ $# -gt 0 ]; do
   case "$1" in
     --dry-run) dry_run=1; shift; continue ;;
     --function-only) function_only=1; shift; continue ;;
+    --build-may-deploy) build_may_deploy=1; shift; continue ;;
+    --vertex) vertex=1; shift; continue ;;
     --help) usage; exit 0 ;;
   esac
   [ $# -gt 1 ] || fail "$1: expected a value after it, found none; see --help"
@@ -61,6 +63,7 @@ while [ $# -gt 0 ]; do
     --max-instances) max_instances=$2 ;;
     --refresh-seconds) refresh_seconds=$2 ;;
     --max-calls) max_calls=$2 ;;
+    --max-body-bytes) max_body_bytes=$2 ;;
     --bigquery) bigquery=$2 ;;
     --set) settings=$2 ;;
     *) fail "$1: expected one of the options of --help, found an unknown one; mend it" ;;
@@ -72,32 +75,19 @@ model_uri=${model_uri:-gs://$project-needs/needs}
 [[ "$model_uri" =~ ^gs://([^/]+)/(.+)$ ]] || fail "--model-uri: expected gs://bucket/prefix, found $model_uri; mend it"
 bucket=${BASH_REMATCH[1]} prefix=${BASH_REMATCH[2]}
 [[ "$cpu" =~ ^[1-9][0-9]*$ ]] || fail "--cpu: expected a whole number of at least 1, found $cpu; mend it"
-[ "$threads" -gt "$concurrency" ] || fail "--threads: expected more than --concurrency ($concurrency), found $threads"
+queue=$((concurrency > cpu ? concurrency - cpu : 1))
+[ "$threads" -gt $((cpu + queue)) ] || fail "--threads: expected more than $((cpu + queue)), which run or wait, found $threads"
 
-# Asks: a command that changes nothing, whose failure says that something is not there.
-there() { gcloud "$@" --project "$project" > /dev/null 2>&1; }
-# Acts: a command that changes something; only printed in a dry run.
-act() {
-  printf '+ gcloud'
-  printf ' %q' "$@"
-  echo
-  [ -n "$dry_run" ] || gcloud "$@" --project "$project" --quiet
-}
 account() { echo "$service-$1@$project.iam.gserviceaccount.com"; }
 
-make_account() { # name, what it is for
-  there iam service-accounts describe "$(account "$1")" \
-    || act iam service-accounts create "$service-$1" --display-name "$2"
+grant_prefix() { # account, role on this prefix alone
+  act_until_known storage buckets add-iam-policy-binding "gs://$bucket" --member "serviceAccount:$(account "$1")" \
+    --role "$2" --condition \
+    "^~^expression=resource.name.startsWith(\"projects/_/buckets/$bucket/objects/$prefix/\")~title=$service-$1"
 }
-# A role on this prefix alone. A list is asked of the bucket, so its condition looks at the prefix that is listed.
-grant_prefix() { # account, role
-  local objects="resource.name.startsWith(\"projects/_/buckets/$bucket/objects/$prefix/\")"
-  local listed="api.getAttribute(\"storage.googleapis.com/objectListPrefix\", \"\").startsWith(\"$prefix/\")"
-  act storage buckets add-iam-policy-binding "gs://$bucket" --member "serviceAccount:$(account "$1")" --role "$2" \
-    --condition "^~^expression=$objects || $listed~title=$service-$1"  # commas are the expression's own
-}
-grant_project() { # account, role
-  act projects add-iam-policy-binding "$project" --member "serviceAccount:$(account "$1")" --role "$2" --condition None
+grant_use() { # account, of account
+  act_until_known iam service-accounts add-iam-policy-binding "$(account "$2")" \
+    --member "serviceAccount:$(account "$1")" --role roles/iam.serviceAccountUser
 }
 
 if [ -z "$function_only" ]; then
@@ -109,19 +99,32 @@ if [ -z "$function_only" ]; then
       --uniform-bucket-level-access --public-access-prevention
   act storage buckets update "gs://$bucket" --versioning --uniform-bucket-level-access --public-access-prevention
 
-  make_account run "$service: the function, reads its releases"
-  make_account build "$service: the build, writes releases"
+  make_account "$service-run" "$service: the function, reads its releases"
+  make_account "$service-build" "$service: the build, writes releases"
   grant_prefix run roles/storage.objectViewer
   grant_prefix build roles/storage.objectUser
-  grant_project build roles/logging.logWriter
-  grant_project build roles/run.builder
+  # who may not list is told 403, not 404, of what is not there; a condition on a prefix does not hold for that question
+  act_until_known storage buckets add-iam-policy-binding "gs://$bucket" \
+    --member "serviceAccount:$(account build)" --role roles/storage.legacyBucketReader
+  grant_project "$(account build)" roles/logging.logWriter
+  grant_project "$(account build)" roles/run.builder
+  if [ -n "$build_may_deploy" ]; then
+    grant_project "$(account build)" roles/run.sourceDeveloper
+    grant_project "$(account build)" roles/serviceusage.serviceUsageConsumer
+    grant_use build run
+    grant_use build build
+  fi
+  if [ -n "$vertex" ]; then
+    act services enable aiplatform.googleapis.com
+    grant_project "$(account build)" roles/aiplatform.user
+    grant_use build build
+  fi
 fi
 
 # The start-up probe loads the release, so that no caller waits for it; before the first one there is nothing to load.
 probe=/ready
 [ "$release" != current ] || there storage objects describe "$model_uri/current.json" || probe=/health
-environment="MODEL_URI=$model_uri,RELEASE=$release,REFRESH_SECONDS=$refresh_seconds,MAX_CALLS=$max_calls"
-queue=$((concurrency > cpu ? concurrency - cpu : 1))
+environment="MODEL_URI=$model_uri,RELEASE=$release,REFRESH_SECONDS=$refresh_seconds,MAX_CALLS=$max_calls,MAX_BODY_BYTES=$max_body_bytes"
 environment+=",THREADS=$threads,INFERENCE_THREADS=1,MAX_CONCURRENT=$cpu,MAX_QUEUE=$queue"
 environment+=",GOOGLE_CLOUD_PROJECT=$project,ORT_DISABLE_TELEMETRY=1${settings:+,$settings}"
 act run deploy "$service" --function needs --base-image python312 --source . --region "$region" \

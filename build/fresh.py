@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from build.parameters import model_parameters, read_defaults
-from build.publish import Bucket, PublishError, list_promotions, list_verdicts, read_current
-from function.manifest import canonical, parse_manifest
+from build.publish import Bucket, PublishError, list_promotions, list_verdicts, read_current, read_inputs
+from function.manifest import canonical
 from training.files import read_json, sha256_of, write_json
 
 INPUTS, NOTHING_NEW = "inputs.json", "nothing-new"
@@ -46,21 +46,22 @@ def hash_files(root: Path) -> dict[str, str]:
     return {str(path.relative_to(root)): sha256_of(path) for path in kept}
 
 
-def find_same(bucket: Bucket, inputs: str) -> str:
-    """Why a release of these inputs need not be made; "" where it is to be made."""
+def find_same(bucket: Bucket, inputs: str, *, forced: bool = False) -> str:
+    """Why a release of these inputs need not be made; "" where it is to be made.
+
+    `forced` makes one that was refused again, to be promoted this time.
+    """
     current, _ = read_current(bucket)
-    if current is None:
-        return ""
-    manifest, _ = bucket.read(f"releases/{current['release']}/manifest.json")
-    if manifest and parse_manifest(manifest).document["provenance"]["inputs"] == inputs:
+    if current and read_inputs(bucket, current["release"]) == inputs:
         return f"{current['release']}, which is served, was made from the same inputs"
+    sequence = current["sequence"] if current else 0
     promoted = {promotion["release"] for promotion in list_promotions(bucket)}
     for verdict in list_verdicts(bucket):
         if verdict["inputs"] != inputs:
             continue
         if verdict["release"] in promoted:
             return f"{verdict['release']}, which was served once, was made from the same inputs"
-        if not verdict["passed"] and verdict["sequence"] == current["sequence"]:
+        if not verdict["passed"] and not forced and verdict["sequence"] == sequence:
             return f"{verdict['release']}, made from the same inputs, was refused: {verdict['reason']}"
     return ""
 
@@ -75,7 +76,7 @@ def main() -> None:
     made = gather_inputs(args.build, args.commit, os.environ)
     write_json(args.build / INPUTS, made)
     try:
-        same = find_same(Bucket(args.model_uri), made["inputs"])
+        same = find_same(Bucket(args.model_uri), made["inputs"], forced=bool(os.environ.get("_FORCE")))
     except PublishError as error:
         raise SystemExit(str(error)) from None
     if same:

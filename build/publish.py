@@ -164,6 +164,12 @@ def read_current(bucket: Bucket) -> tuple[dict | None, int]:
     return json.loads(stored), generation
 
 
+def read_inputs(bucket: Bucket, release: str) -> str:
+    """The sha256 over all that a published release was made from."""
+    stored, _ = bucket.read(f"releases/{release}/manifest.json")
+    return str(json.loads(stored)["provenance"]["inputs"]) if stored else ""
+
+
 def list_promotions(bucket: Bucket) -> list[dict]:
     """Every pointer that was promoted, first to last; the newest is the one in force."""
     noted = [json.loads(bucket.read(name)[0] or b"{}") for name in bucket.list("promotions/")]
@@ -236,21 +242,30 @@ def _promote_judged(bucket: Bucket, folder: Path, verdict: dict, forced: str) ->
     passed = verdict["passed"]
     if not passed and not forced:
         raise PublishError(f"{release}: published, not promoted: {verdict['reason']}")
+    if twin := _find_twin(bucket, manifest):
+        print(f"nothing new: {twin}, from the same inputs, was promoted meanwhile")
+        return
+    after = verdict["sequence"] if passed else None
     try:
-        pointer = promote(
-            bucket, release, after=verdict["sequence"] if passed else None, forced="" if passed else forced
-        )
+        pointer = promote(bucket, release, after=after, forced="" if passed else forced)
     except PublishError:
-        winner, _ = read_current(bucket)
-        stored, _ = bucket.read(f"releases/{winner['release']}/manifest.json") if winner else (None, 0)
-        if not stored or json.loads(stored)["provenance"]["inputs"] != manifest["provenance"]["inputs"]:
+        if not (twin := _find_twin(bucket, manifest)):
             raise
-        print(f"nothing new: {json.loads(stored)['release']}, a twin from the same inputs, was promoted meanwhile")
+        print(f"nothing new: {twin}, from the same inputs, was promoted meanwhile")
         return
     print(f"current: {pointer['release']}, sequence {pointer['sequence']}")
     where = f"{bucket.uri.removeprefix('gs://')}/releases/{release}"
     print(f"files: https://console.cloud.google.com/storage/browser/{where}")
     print(f"report: https://storage.cloud.google.com/{where}/report.html")
+
+
+def _find_twin(bucket: Bucket, manifest: dict) -> str:
+    """The release that is served, if it is another from the same inputs; else ""."""
+    current, _ = read_current(bucket)
+    if not current or current["release"] == manifest["release"]:
+        return ""
+    same = read_inputs(bucket, current["release"]) == manifest["provenance"]["inputs"]
+    return str(current["release"]) if same else ""
 
 
 def main() -> None:

@@ -168,7 +168,7 @@ def quantize(source: Path, output: Path, windows: list[np.ndarray], max_tokens: 
 
 
 def optimize_graph(source: Path, output: Path) -> None:
-    """Let ONNX Runtime fuse what it would fuse at every cold start, but for two; the function loads the result as it is.
+    """Let ONNX Runtime fuse what it would fuse at every cold start, but for `SLOW`; the function loads the result.
 
     Level "extended" is for any CPU, "all" would be for this one:
     https://onnxruntime.ai/docs/performance/model-optimizations/graph-optimizations.html#offline-mode

@@ -4,7 +4,8 @@
     python -m build.rollback --model-uri gs://bucket/needs --to previous
 
 The first lists the releases, the second promotes the one that was served
-before; `--to` takes the name of any published release, too.
+before; `--to` takes the name of another that was, and with `--force REASON`
+that of one which the gate refused.
 """
 
 import argparse
@@ -63,6 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--model-uri", required=True, help="gs://bucket/prefix")
     parser.add_argument("--to", help="a release, or previous: the one that was served before")
+    parser.add_argument("--force", default="", metavar="REASON", help="promote one that was never served")
     args = parser.parse_args()
     try:
         bucket = Bucket(args.model_uri)
@@ -73,7 +75,10 @@ def main() -> None:
         release = current["previous"] if args.to == "previous" and current else args.to
         if not release:
             raise PublishError("--to previous: expected an earlier promotion, found none; name a release")
-        pointer = promote(bucket, release)
+        served = any(pointer["release"] == release for pointer in list_promotions(bucket))
+        if not served and not args.force:
+            raise PublishError(f"--to {release}: expected one that was served before, found none; give --force REASON")
+        pointer = promote(bucket, release, forced=args.force)
     except (PublishError, ReleaseRefused) as error:
         raise SystemExit(str(error)) from None
     print(

@@ -9,6 +9,8 @@
 # Where nothing is new since the release that is served, the build ends at once and well.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+script=schedule.sh
+. build/gcloud.sh
 
 project="" region=asia-northeast3 service=needs model_uri="" data="" schedule="0 4 * * 1" time_zone=Asia/Seoul
 repo="" branch=main set_="" dry_run="" run_now=""
@@ -28,11 +30,6 @@ build/schedule.sh --project PROJECT [options]
   --run-now                start the first build at once
   --dry-run                print what would be done
 TEXT
-}
-
-fail() {
-  echo "schedule.sh: $1" >&2
-  exit 2
 }
 
 while [ $# -gt 0 ]; do
@@ -59,19 +56,17 @@ while [ $# -gt 0 ]; do
 done
 [ -n "$project" ] || fail "--project: expected the project's id, found none; name it"
 model_uri=${model_uri:-gs://$project-needs/needs}
-data=${data:-$model_uri/data}
+own_data=$data data=${data:-$model_uri/data}
 trigger=$service-refresh source=$model_uri/source.tgz
-account=$service-build@$project.iam.gserviceaccount.com
+account=$service-build@$project.iam.gserviceaccount.com caller=$service-schedule@$project.iam.gserviceaccount.com
 
-there() { gcloud "$@" --project "$project" > /dev/null 2>&1; }
-act() {
-  printf '+ gcloud'
-  printf ' %q' "$@"
-  echo
-  [ -n "$dry_run" ] || gcloud "$@" --project "$project" --quiet
-}
-
-there storage ls "$data/labels.json" || act storage cp training/data/*.json training/data/*.jsonl "$data/"
+if [ -z "$own_data" ]; then
+  there storage ls "$data/labels.json" || act storage cp --no-clobber training/data/*.json training/data/*.jsonl "$data/"
+elif [[ "$data" != "$model_uri"/* ]]; then
+  [[ "$data" =~ ^gs://([^/]+)/(.+)$ ]] || fail "--data: expected gs://bucket/prefix, found $data; mend it"
+  act storage buckets add-iam-policy-binding "gs://${BASH_REMATCH[1]}" --member "serviceAccount:$account" \
+    --role roles/storage.objectViewer --condition None
+fi
 
 substitutions="_MODEL_URI=$model_uri,_DATA=$data,_SERVICE_ACCOUNT=$account${set_:+,$set_}"
 if [ -n "$repo" ]; then
@@ -79,7 +74,7 @@ if [ -n "$repo" ]; then
 else
   archive=$(mktemp -d)/source.tgz
   trap 'rm -rf "$(dirname "$archive")"' EXIT
-  tar -czf "$archive" --exclude __pycache__ \
+  tar -czf "$archive" --exclude __pycache__ .gcloudignore \
     build function training tests/requirements.txt main.py requirements.txt Makefile pyproject.toml cloudbuild.yaml
   act storage cp "$archive" "$source"
   origin=(--inline-config cloudbuild.yaml)
@@ -91,13 +86,14 @@ fi
 act builds triggers create manual --name "$trigger" --region "$region" "${origin[@]}" \
   --service-account "projects/$project/serviceAccounts/$account" --substitutions "$substitutions"
 
-act projects add-iam-policy-binding "$project" --member "serviceAccount:$account" \
-  --role roles/cloudbuild.builds.editor --condition None
+# Who starts a build is not who runs it: the caller may start builds and nothing else.
+make_account "$service-schedule" "$service: starts the scheduled build"
+grant_project "$caller" roles/cloudbuild.builds.editor
 verb=create
 there scheduler jobs describe "$trigger" --location "$region" && verb=update
 act scheduler jobs "$verb" http "$trigger" --location "$region" --schedule "$schedule" --time-zone "$time_zone" \
   --uri "https://cloudbuild.googleapis.com/v1/projects/$project/locations/$region/triggers/$trigger:run" \
-  --http-method POST --oauth-service-account-email "$account" --message-body '{}'
+  --http-method POST --oauth-service-account-email "$caller" --message-body '{}'
 [ -z "$run_now" ] || act builds triggers run "$trigger" --region "$region"
 [ -n "$dry_run" ] || echo "scheduled: $schedule ($time_zone); new texts go to $data; see it with
   python -m build.status --model-uri $model_uri --project $project --region $region"

@@ -22,14 +22,12 @@ def show_status(model_uri: str) -> None:
     bucket = Bucket(model_uri)
     current, _ = read_current(bucket)
     if current is None:
-        console.print(
-            f"{bucket.uri}: nothing is served yet; `make demo` here, or a build in the cloud, makes a release"
-        )
-        return
-    console.print(
-        f"served: [bold]{current['release']}[/], promotion {current['sequence']}, since {current['promoted'][:19]}"
-    )
-    console.print(make_table(list_releases(bucket)))
+        console.print(f"{bucket.uri}: nothing is served yet; `make demo` here, or a build in the cloud, makes one")
+    else:
+        since = f"promotion {current['sequence']}, since {current['promoted'][:19]}"
+        console.print(f"served: [bold]{current['release']}[/], {since}")
+    if releases := list_releases(bucket):
+        console.print(make_table(releases))
 
 
 def show_builds(project: str, region: str) -> None:

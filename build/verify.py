@@ -1,8 +1,8 @@
-"""Verification: an exported and quantized model in, the proof that it may be served out.
+"""Verification: an exported and quantized model in, what it does beside PyTorch and fp32 out.
 
-Everything is asked through `function.classifier`, the code that serves. PyTorch
-and fp32 ONNX must agree on every logit, fp32 and INT8 on nearly every decision;
-where a bound is not met, nothing is written and the command fails. The
+Everything is asked through `function.classifier`, the code that serves: how far
+PyTorch and fp32 ONNX differ on a logit, and fp32 and INT8 on decisions. What
+that may be, `build.gate` knows. The
 thresholds of the release are chosen here, on the validation split, from the
 probabilities of the INT8 model itself.
 
@@ -42,15 +42,8 @@ PARITY_TEXTS = 200
 LATENCY_RUNS = 15
 
 
-class VerificationError(ValueError):
-    """The model is not what was promised: it must not be served."""
-
-
-def verify(folder: Path, dataset: Dataset, bounds: dict[str, float]) -> dict:
-    """Compare PyTorch, fp32 and INT8 on the data, and choose thresholds.
-
-    Raises VerificationError naming each bound of `bounds` that is not met.
-    """
+def verify(folder: Path, dataset: Dataset) -> dict:
+    """Compare PyTorch, fp32 and INT8 on the data, and choose thresholds; scores.npz gets the INT8 model's scores."""
     made = read_json(folder / "export.json")
     labels = [Label(**label) for label in made["labels"]]
     matched = match_labels(dataset, labels)
@@ -74,7 +67,6 @@ def verify(folder: Path, dataset: Dataset, bounds: dict[str, float]) -> dict:
     if matched:
         found |= _judge(matched, exact, quantized)
         np.savez(folder / SCORES, validation=quantized[0], test=quantized[1])
-    check_bounds(found, bounds)
     return found
 
 
@@ -136,31 +128,16 @@ def _judge(dataset: Dataset, exact: list[np.ndarray], quantized: list[np.ndarray
     return judged
 
 
-def check_bounds(found: dict, bounds: dict[str, float]) -> None:
-    """Raises VerificationError unless every bound that could be measured holds."""
-    broken = [
-        f"{name}: expected at most {most:g}, found {found[name]:.6g}"
-        for name, most in bounds.items()
-        if name in found and not found[name] <= most
-    ]
-    if broken:
-        raise VerificationError("; ".join(broken) + "; nothing is released: try another recipe or train longer")
-
-
 def main() -> None:
     """Verify the exported models and write verification.json beside them."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--onnx", type=Path, default=Path(".local/build/onnx"))
     parser.add_argument("--data", type=Path, default=Path("training/data"))
-    parser.add_argument("--logit-difference", type=float, default=1e-4, help="PyTorch against fp32, at most")
-    parser.add_argument("--flips", type=float, default=0.025, help="share of decisions, fp32 against INT8, at most")
-    parser.add_argument("--macro-f1-loss", type=float, default=0.02, help="fp32 less INT8, at most")
     args = parser.parse_args()
-    bounds = {name: getattr(args, name) for name in ("logit_difference", "flips", "macro_f1_loss")}
     (args.onnx / NOTE).unlink(missing_ok=True)
     try:
-        found = verify(args.onnx, read_dataset(args.data), bounds)
-    except ValueError as error:  # DataError and VerificationError among them
+        found = verify(args.onnx, read_dataset(args.data))
+    except ValueError as error:  # DataError among them
         raise SystemExit(str(error)) from None
     write_json(args.onnx / NOTE, found)
     print(f"PyTorch to ONNX: largest logit difference {found['logit_difference']:.2e}")

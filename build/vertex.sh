@@ -3,7 +3,7 @@
 # steps of cloudbuild.yaml on it, what they made comes back. A job sees the bucket as files under /gcs
 # (https://cloud.google.com/vertex-ai/docs/training/cloud-storage-file-system).
 #
-# The build's service account needs roles/aiplatform.user, and roles/iam.serviceAccountUser on itself.
+# `build/deploy.sh --vertex` gives the build's service account the rights for it.
 set -euo pipefail
 
 place=${_MODEL_URI%/}/training/$BUILD_ID
@@ -34,3 +34,4 @@ while true; do
   sleep "$_VERTEX_POLL_SECONDS"
 done
 gcloud storage cat "$place/out.tgz" | tar -xz -C .local/build
+gcloud storage rm --recursive "$place"

@@ -41,6 +41,10 @@ class Missing(Exception):
     """Answered as 404."""
 
 
+class Conflict(Exception):
+    """Answered as 409."""
+
+
 @dataclass
 class Cloud:
     """What was made so far, by the name that the API gives it."""
@@ -179,7 +183,7 @@ class Cloud:
             archive = self.read_object(source["bucket"], source["object"])
             with tarfile.open(fileobj=io.BytesIO(archive)) as packed:
                 packed.extractall(work, filter="data")
-        values = {"PROJECT_ID": PROJECT, "BUILD_ID": build["id"], "COMMIT_SHA": "", "LOCATION": REGION}
+        values = {"PROJECT_ID": PROJECT, "BUILD_ID": build["id"], "LOCATION": REGION}
         for name, value in build.get("substitutions", {}).items():
             values[name] = local.substitute(value, values)
         for step in build["steps"]:
@@ -240,9 +244,10 @@ class _Handler(BaseHTTPRequestHandler):
             if found and method == self.command:
                 try:
                     self._send(200, act(self.cloud, body, parse_qs(url.query), *found.groups()))
-                except (Missing, KeyError) as error:
-                    print("missing:", self.command, path, repr(error), file=sys.stderr)
+                except (Missing, KeyError):
                     self._send_missing()
+                except Conflict as conflict:
+                    self._send(409, {"error": {"code": 409, "message": str(conflict), "status": "ALREADY_EXISTS"}})
                 return
         if self.command == "PUT" and path.startswith("/put/"):
             self.cloud.images[path] = content
@@ -370,6 +375,8 @@ def make_upload_address(cloud: Cloud, *_) -> dict:
 
 def deploy_function(cloud: Cloud, body: dict, query: dict, _: str) -> dict:
     name = query.get("functionId", [body.get("name", "").rpartition("/")[2]])[0]
+    if name in cloud.services:
+        raise Conflict(f"A Cloud Run service with the name {name} already exists")
     build, settings = body["buildConfig"], body["serviceConfig"]
     archive = cloud.images[build["source"]["storageSource"]["object"]]
     address = cloud.start(archive, build["entryPoint"], settings.get("environmentVariables", {}))
@@ -552,8 +559,8 @@ ROUTES = [
     ("POST", r"/v1/projects/([^/]+)/services:batchEnable", enable),
     ("GET", r"/v1/projects/([^/]+)/services/([^/]+)", show_state),
     ("GET", r"/v[13]/projects/[^/:]+", show_project),
-    ("POST", r"/v1/(projects/[^/]+):getIamPolicy", show_policy),
-    ("POST", r"/v1/(projects/[^/]+):setIamPolicy", set_policy),
+    ("POST", r"/v1/(projects/[^:]+):getIamPolicy", show_policy),
+    ("POST", r"/v1/(projects/[^:]+):setIamPolicy", set_policy),
     ("GET", r"/storage/v1/b/([^/]+)/iam", show_policy),
     ("PUT", r"/storage/v1/b/([^/]+)/iam", set_policy),
     ("POST", r"/v1/projects/[^/]+/serviceAccounts", make_account),

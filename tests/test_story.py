@@ -231,7 +231,7 @@ def test_the_function_upload_holds_its_own_files_and_nothing_else(cloud, tmp_pat
         (
             "deploy",
             ["--project", PROJECT, "--threads", "4"],
-            "--threads: expected more than --concurrency (4), found 4",
+            "--threads: expected more than 4, which run or wait, found 4",
         ),
         ("schedule", ["--project"], "--project: expected a value after it"),
     ],

@@ -46,6 +46,7 @@ from training.files import read_json, write_json
 from training.model import (
     DEFAULT_MAX_TOKENS,
     Checkpoint,
+    cut,
     encode,
     encoder_layers,
     new_checkpoint,
@@ -197,7 +198,7 @@ class _Varied(TorchDataset[dict]):
             if random.random() < self._joined:
                 other = self._items[random.integers(len(self))]
                 ids, target = ids[:-1] + other["input_ids"][self._head :], np.maximum(target, other["labels"])
-            self._ids.append([*ids[:-1][: self._max_tokens - 1], ids[-1]])
+            self._ids.append(cut(ids, self._max_tokens))
             self._targets.append(target)
         return [len(ids) for ids in self._ids]
 
