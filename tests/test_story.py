@@ -77,6 +77,17 @@ def last_build(cloud) -> tuple[str, str]:
     return build["status"], cloud.log_of(build)
 
 
+def rights_of(cloud, part: str) -> set[tuple[str, str]]:
+    """Where an account has which roles."""
+    member = f"serviceAccount:needs-{part}@{PROJECT}.iam.gserviceaccount.com"
+    return {
+        (where, binding["role"].removeprefix("roles/"))
+        for where, policy in cloud.policies.items()
+        for binding in policy["bindings"]
+        if member in binding["members"]
+    }
+
+
 def say(line: str) -> None:
     print(f"\n### {line}", flush=True)
 
@@ -88,6 +99,14 @@ def test_from_nothing_to_a_rollback(cloud, tiny_bases, tmp_path):
     assert "No release is there yet" in said
     assert ask(cloud.services["needs"]["status"]["url"])[0] == 503
     assert cloud.accounts.keys() == {f"needs-{part}@{PROJECT}.iam.gserviceaccount.com" for part in ("run", "build")}
+    assert rights_of(cloud, "run") == {(BUCKET, "storage.objectViewer")}
+    assert rights_of(cloud, "build") == {
+        (BUCKET, "storage.objectUser"),
+        (BUCKET, "storage.legacyBucketReader"),
+        (f"projects/{PROJECT}", "logging.logWriter"),
+        (f"projects/{PROJECT}", "run.builder"),
+    }
+    assert cloud.buckets[BUCKET]["versioning"] == {"enabled": True}
 
     say("first build, submitted from the source")
     labels = tmp_path / "labels.json"
@@ -117,6 +136,7 @@ def test_from_nothing_to_a_rollback(cloud, tiny_bases, tmp_path):
         "0 4 * * 1",
         "Asia/Seoul",
     )
+    assert rights_of(cloud, "schedule") == {(f"projects/{PROJECT}", "cloudbuild.builds.editor")}
     cloud.fire("needs-refresh")
     status, log = last_build(cloud)
     assert status == "SUCCESS"
@@ -205,8 +225,9 @@ def test_the_plain_functions_deploy_of_the_readme_serves(cloud):
         ["bash", "-c", command.replace("MY-PROJECT", PROJECT)], env=cloud.environment(), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    address = cloud.functions["needs"]["serviceConfig"]["uri"]
+    address = cloud.functions["needs-plain"]["serviceConfig"]["uri"]
     assert requests.get(f"{address}/health", timeout=60).json() == {"status": "ok"}
+    assert ask(address)[0] == (200 if "needs" in cloud.services else 503)  # the story has made a release
 
 
 def test_the_function_upload_holds_its_own_files_and_nothing_else(cloud, tmp_path):
