@@ -224,7 +224,8 @@ def promote(bucket: Bucket, release: str, *, after: int | None = None, forced: s
 
 
 def _note_promotion(bucket: Bucket, pointer: dict) -> None:
-    _write_once(bucket, f"promotions/{pointer['sequence']:06d}.json", canonical(pointer))
+    with suppress(PreconditionFailed):  # noted already; a pointer that was mended by hand must not stop the next one
+        bucket.write(f"promotions/{pointer['sequence']:06d}.json", canonical(pointer), generation=0)
 
 
 def _overtaken(bucket: Bucket, expected: str, winner: dict | None) -> PublishError:

@@ -21,8 +21,9 @@ fp32 function as it was:
 
 The recipes are judged on the validation split through the function's own
 classifier. Of those within `MAX_BYTES` and at most `SLOWER` slower than the
-fastest, the one whose probabilities drift least from fp32 is released: the flips
-of decisions that follow are too few to choose by.
+fastest, the smallest is released whose probabilities drift from fp32 by no more
+than `ALIKE` beyond the least: the flips of decisions that follow are too few to
+choose by.
 
     python -m build.quantize --onnx .local/build/onnx --data training/data
 """
@@ -57,8 +58,10 @@ INT8 = "model.onnx"
 NOTE = "quantization.json"
 OPERATORS = ["MatMul", "Attention", "Gather", "EmbedLayerNormalization"]
 MAX_BYTES = 27_000_000
-SLOWER = 0.1
+SLOWER = 0.15
 """Share of the fastest recipe's time that another may take more."""
+ALIKE = 0.1
+"""Share of the least drift that another recipe may drift more, if it is smaller."""
 MAX_WINDOWS = 8
 """As the function's default."""
 CALIBRATION_TEXTS = 200
@@ -428,11 +431,16 @@ def measure_in_turn(classifiers: list[Classifier], texts: list[str]) -> list[flo
 
 
 def choose(rows: list[dict]) -> dict:
-    """The row that drifts least among those fast and small enough; where none is small, the smallest of all."""
+    """The smallest row of those that hardly drift more than the least, of those fast and small enough.
+
+    Where none is small enough, it is the smallest of all.
+    """
     small = [row for row in rows if row["bytes"] <= MAX_BYTES] or [min(rows, key=lambda row: row["bytes"])]
     fastest = min(row["milliseconds"] for row in small)
     fast = [row for row in small if row["milliseconds"] <= fastest * (1 + SLOWER)]
-    return min(fast, key=lambda row: row["drift"])
+    least = min(row["drift"] for row in fast)
+    alike = [row for row in fast if row["drift"] <= least * (1 + ALIKE)]
+    return min(alike, key=lambda row: (row["bytes"], row["drift"]))
 
 
 def make_table(rows: list[dict], chosen: dict) -> Table:

@@ -8,8 +8,8 @@ from function.manifest import SCHEMA
 from function.settings import Settings
 
 PROBABILITY = {"type": "number", "minimum": 0, "maximum": 1}
-VISIBLE = r"\S"
-"""At least one character that is not space."""
+VISIBLE = "[^\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+"""At least one character that `str.strip` leaves: what \\S means differs from one language's patterns to the next."""
 
 
 def describe_api(settings: Settings) -> dict:
