@@ -105,7 +105,7 @@ if [ -z "$function_only" ]; then
   grant_prefix build roles/storage.objectUser
   # who may not list is told 403, not 404, of what is not there; a condition on a prefix does not hold for that question
   act_until_known storage buckets add-iam-policy-binding "gs://$bucket" \
-    --member "serviceAccount:$(account build)" --role roles/storage.legacyBucketReader
+    --member "serviceAccount:$(account build)" --role roles/storage.legacyBucketReader --condition None
   grant_project "$(account build)" roles/logging.logWriter
   grant_project "$(account build)" roles/run.builder
   if [ -n "$build_may_deploy" ]; then
