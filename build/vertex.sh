@@ -34,4 +34,4 @@ while true; do
   sleep "$_VERTEX_POLL_SECONDS"
 done
 gcloud storage cat "$place/out.tgz" | tar -xz -C .local/build
-gcloud storage rm --recursive "$place"
+gcloud storage rm "$place/in.tgz" "$place/out.tgz"
