@@ -37,7 +37,7 @@ probabilities the decision that is best for F1 lies at half of the F1 that can b
 (Lipton et al. 2014, https://arxiv.org/abs/1402.1892), here 0.41; (1 - 0.41) / 0.41
 moves it to 0.5. More gained nothing on validation and gave more neutral texts a need."""
 MIX, PRIME = 2039, (1 << 20) - 3
-"""Of the hash: PRIME * MIX + CODES is below 2^31, for engines that compute integers in 32 bits (OpenVINO does)."""
+"""Of the hash: PRIME * MIX + CODES is below 2^31, so that integers of 32 bits hold it."""
 SMALLEST = 1e-6
 """In place of the length of a text whose n-grams are all in every text."""
 CODES = 32749
