@@ -310,6 +310,11 @@ def enable(cloud: Cloud, body: dict, _: dict, __: str) -> dict:
     return _operation("operations/enable", {})
 
 
+def enable_one(cloud: Cloud, _: dict, __: dict, service: str) -> dict:
+    cloud.enabled.add(service)
+    return _operation("operations/enable", {})
+
+
 def show_state(_: Cloud, __: dict, ___: dict, project: str, service: str) -> dict:
     return {"name": f"projects/{project}/services/{service}", "state": "ENABLED"}
 
@@ -562,6 +567,7 @@ ROUTES = [
     ("GET", r"/storage/v1/b/([^/]+)", show_bucket),
     ("PATCH", r"/storage/v1/b/([^/]+)", change_bucket),
     ("POST", r"/v1/projects/([^/]+)/services:batchEnable", enable),
+    ("POST", r"/v1/projects/[^/]+/services/([^/:]+):enable", enable_one),
     ("GET", r"/v1/projects/([^/]+)/services/([^/]+)", show_state),
     ("GET", r"/v[13]/projects/[^/:]+", show_project),
     ("POST", r"/v1/(projects/[^:]+):getIamPolicy", show_policy),

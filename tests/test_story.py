@@ -202,6 +202,8 @@ def test_a_build_can_train_on_vertex_and_deploy_the_function(cloud, tiny_bases, 
     cloud.run(
         "gcloud", "storage", "cp", *(str(tmp_path / name) for name in ("labels.json", "a.jsonl")), f"{OTHER}/data/"
     )
+    deploy = ("build/deploy.sh", "--project", PROJECT, "--service", "built", "--model-uri", OTHER)
+    cloud.run(*deploy, "--build-may-deploy", "--vertex")
     given = f"_MODEL_URI={OTHER},_DATA={OTHER}/data,{parameters(tiny_bases)},_TRAIN_ON=vertex"
     given += ",_VERTEX_POLL_SECONDS=1,_DEPLOY=--service built --refresh-seconds 1"
     submit = ["gcloud", "builds", "submit", ".", "--ignore-file=.gcloudignore-build", "--region", REGION]
