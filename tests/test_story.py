@@ -5,7 +5,6 @@
 
 import io
 import json
-import os
 import shutil
 import subprocess
 import time
@@ -166,7 +165,6 @@ def test_from_nothing_to_a_rollback(cloud, tiny_bases, tmp_path):
     assert ask(address)[1]["release"] == second
 
     say("rollback: the function follows, and the schedule does not undo it")
-    os.environ["STORAGE_EMULATOR_HOST"] = cloud.storage
     rollback = (".venv/bin/python", "-m", "build.rollback", "--model-uri", MODEL_URI)
     cloud.run(*rollback, "--to", "previous")
     follow(address, first)
