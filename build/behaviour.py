@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from build.quantize import INT8, load_classifier
+from build.exported import load_classifier
+from build.quantize import INT8
 from function.classifier import Classifier, combine
 from function.explain import explain, list_spans
 from training.evaluate import HALF, sigmoid, summarize_scores

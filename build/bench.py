@@ -32,8 +32,8 @@ from tqdm import tqdm
 from transformers import DistilBertConfig, DistilBertModel
 
 from build.export import FP32, PLAIN, trace
+from build.exported import read_windows
 from build.local import post, run_bucket, run_function
-from build.quantize import read_windows
 from training.evaluate import HALF, sigmoid
 from training.examples import read_dataset
 from training.files import write_json

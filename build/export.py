@@ -143,7 +143,7 @@ def main() -> None:
         made = export(checkpoint, args.output, folder)
     except ValueError as error:  # DataError, VocabularyError and ExportError among them
         raise SystemExit(str(error)) from None
-    print(f"fused: {made['fused_nodes']}")
+    print(f"{made['nodes'][PLAIN]} nodes as exported, {made['nodes'][FP32]} after fusion: {made['fused_nodes']}")
 
 
 if __name__ == "__main__":

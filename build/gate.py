@@ -19,8 +19,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from build.exported import measure_in_turn, score_texts
 from build.publish import Bucket, PublishError, list_promotions, read_current
-from build.quantize import measure_in_turn, score_texts
 from function.classifier import Classifier
 from function.errors import ReleaseRefused
 from function.manifest import MODEL, TOKENIZER, Manifest, parse_manifest

@@ -22,7 +22,9 @@ from tqdm import tqdm
 
 from build.bench import LENGTHS, list_engines, measure_latency
 from build.export import FP32
-from build.quantize import INT8, load_classifier, optimize_graph, read_windows, score_texts
+from build.exported import load_classifier, read_windows, score_texts
+from build.graph import optimize_graph
+from build.quantize import INT8
 from function.classifier import Classifier
 from training.evaluate import (
     HALF,

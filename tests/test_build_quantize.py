@@ -12,17 +12,8 @@ from onnx import numpy_helper
 from onnxruntime import InferenceSession
 
 from build.export import FP32, export
-from build.quantize import (
-    MAX_BYTES,
-    Recipe,
-    choose,
-    even_tokens,
-    find_ffn_products,
-    find_products,
-    quantize,
-    smooth_channels,
-    split_embeddings,
-)
+from build.graph import even_tokens, find_ffn_products, find_inner_products, smooth_channels, split_embeddings
+from build.quantize import MAX_BYTES, Recipe, choose, quantize
 from training.bases import fetch_base
 from training.examples import read_labels
 from training.model import load_checkpoint, new_checkpoint, save_checkpoint
@@ -54,13 +45,15 @@ def run(model: onnx.ModelProto) -> np.ndarray:
     return np.stack([session.run(None, {"input_ids": ids})[0][0] for ids in WINDOWS])
 
 
-@pytest.mark.parametrize("everywhere", [False, True])
-def test_smoothing_and_evening_leave_the_fp32_function_as_it_was(exported, everywhere):
+def test_smoothing_and_evening_leave_the_fp32_function_as_it_was(exported):
     model = onnx.load(exported / FP32)
     before = run(model)
     products = find_ffn_products(model.graph)
     assert len(products) == 2
-    smooth_channels(model, find_products(model.graph) if everywhere else products, WINDOWS, alpha=0.75)
+    inner = find_inner_products(model.graph)
+    assert len(inner) == 4
+    smooth_channels(model, products, WINDOWS, alpha=0.75)
+    smooth_channels(model, inner, WINDOWS, alpha=0.5)
     even_tokens(model.graph, products)
     np.testing.assert_allclose(run(model), before, atol=1e-5)
 
