@@ -21,12 +21,11 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from build.exported import load_classifier
-from build.quantize import INT8
+from build.exported import INT8, load_classifier
 from function.classifier import Classifier, combine
 from function.explain import explain, list_spans
-from training.evaluate import HALF, sigmoid, summarize_scores
 from training.examples import Examples, read_dataset
+from training.metrics import HALF, sigmoid, summarize_scores
 
 WINDOW_TOKENS = (64, 128, 256)
 JOINED_TEXTS = 8

@@ -31,12 +31,12 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import DistilBertConfig, DistilBertModel
 
-from build.export import FP32, PLAIN, trace
-from build.exported import read_windows
+from build.export import trace
+from build.exported import FP32, PLAIN, read_windows
 from build.local import post, run_bucket, run_function
-from training.evaluate import HALF, sigmoid
 from training.examples import read_dataset
 from training.files import write_json
+from training.metrics import HALF, sigmoid
 from training.model import Checkpoint, NeedsClassifier, load_checkpoint, save_checkpoint
 from training.wide import WideBranch
 

@@ -21,14 +21,12 @@ import onnx
 import torch
 from onnxruntime.transformers import optimizer
 
+from build.exported import FP32, PLAIN
 from training.examples import read_dataset
 from training.files import replace_folder, write_json
 from training.model import Checkpoint, NeedsClassifier, encoder_layers, encoder_of, load_checkpoint
 from training.vocabulary import DEFAULT_SCRIPTS, trim_vocabulary
 
-PLAIN = "model.plain.onnx"
-"""As PyTorch's exporter writes it: what `build.bench` gives the peers."""
-FP32 = "model.fp32.onnx"
 OPSET = 17
 
 

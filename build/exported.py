@@ -1,4 +1,7 @@
-"""Exported models, asked as the function asks: a folder of `build.export` in, probabilities and times out."""
+"""Exported models: a folder of `build.export` in, what the function's own classifier makes of it out.
+
+Nothing here needs torch, so that what only asks a model starts fast.
+"""
 
 import time
 from pathlib import Path
@@ -10,15 +13,22 @@ from tqdm import tqdm
 from function.classifier import Classifier
 from function.settings import Settings
 from training.files import read_json
-from training.model import cut
+
+PLAIN = "model.plain.onnx"
+"""As PyTorch's exporter writes it: what `build.bench` gives the peers."""
+FP32 = "model.fp32.onnx"
+"""The same with fused operators."""
+INT8 = "model.onnx"
+SCORES = "scores.npz"
+"""The INT8 model's probabilities on the validation and the test split."""
 
 
 def read_windows(folder: Path, texts: list[str]) -> list[np.ndarray]:
     """int64 [1, T] token ids of texts as an exported model takes them."""
     made = read_json(folder / "export.json")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    rows = [encoding.ids for encoding in tokenizer.encode_batch([made["prefix"] + text for text in texts])]
-    return [np.array([cut(row, made["max_tokens"])], np.int64) for row in rows]
+    tokenizer.enable_truncation(made["max_tokens"])  # the closing token stays
+    return [np.array([row.ids], np.int64) for row in tokenizer.encode_batch([made["prefix"] + text for text in texts])]
 
 
 def load_classifier(

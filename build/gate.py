@@ -24,9 +24,9 @@ from build.publish import Bucket, PublishError, list_promotions, read_current
 from function.classifier import Classifier
 from function.errors import ReleaseRefused
 from function.manifest import MODEL, TOKENIZER, Manifest, parse_manifest
-from training.evaluate import match_labels, summarize_scores
 from training.examples import Dataset, Label, read_dataset
 from training.files import read_json, write_json
+from training.metrics import match_labels, summarize_scores
 
 RIVALS = 5
 SLOWDOWN, GROWTH = 1.5, 1.25

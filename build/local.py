@@ -33,8 +33,8 @@ from rich.console import Console
 from rich.table import Table
 
 from build.status import show_status
-from training.evaluate import find_uneventful, match_labels, share_claimed, summarize_probes, summarize_scores
 from training.examples import Label, read_dataset
+from training.metrics import find_uneventful, match_labels, share_claimed, summarize_probes, summarize_scores
 
 PIPELINE = Path("cloudbuild.yaml")
 BUCKET_FOLDER = Path(".local/bucket")

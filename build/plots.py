@@ -13,7 +13,7 @@ from matplotlib import font_manager
 from matplotlib.figure import Figure
 from sklearn.metrics import precision_recall_curve
 
-from training.evaluate import HALF
+from training.metrics import HALF
 
 mpl.rcParams.update({"svg.fonttype": "path", "svg.hashsalt": "needs", "font.family": "NanumGothic", "font.size": 10})
 mpl.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.unicode_minus": False})

@@ -33,8 +33,7 @@ from onnxruntime.transformers.onnx_model import OnnxModel
 from rich.console import Console
 from rich.table import Table
 
-from build.export import FP32
-from build.exported import load_classifier, measure_in_turn, read_windows, score_texts
+from build.exported import FP32, INT8, load_classifier, measure_in_turn, read_windows, score_texts
 from build.graph import (
     SLOW,
     even_tokens,
@@ -45,11 +44,10 @@ from build.graph import (
     smooth_channels,
     split_embeddings,
 )
-from training.evaluate import HALF, match_labels, summarize_scores
 from training.examples import DataError, Dataset, Label, read_dataset
 from training.files import read_json, write_json
+from training.metrics import HALF, match_labels, summarize_scores
 
-INT8 = "model.onnx"
 NOTE = "quantization.json"
 OPERATORS = ["MatMul", "Attention", "Gather", "EmbedLayerNormalization"]
 MAX_BYTES = 27_000_000

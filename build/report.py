@@ -20,13 +20,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from build.export import FP32, PLAIN
+from build.exported import FP32, INT8, PLAIN, SCORES
 from build.plots import plot_calibration, plot_confusion, plot_f1, plot_latency, plot_precision_recall
-from build.quantize import INT8
-from build.verify import SCORES
-from training.evaluate import HALF, confuse, find_uneventful, match_labels, share_claimed, summarize_scores
 from training.examples import Dataset, Examples, Label, read_dataset
 from training.files import read_json, replace_folder, write_json
+from training.metrics import HALF, confuse, find_uneventful, match_labels, share_claimed, summarize_scores
 
 TITLE = "심리적 욕구 분류기: 보고서 (release report)"
 STUDY = {"before": (0.3176, 0.1727), "after": (0.8302, 0.8267)}

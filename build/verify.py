@@ -21,12 +21,12 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from build.bench import LENGTHS, list_engines, measure_latency
-from build.export import FP32
-from build.exported import load_classifier, read_windows, score_texts
+from build.exported import FP32, INT8, SCORES, load_classifier, read_windows, score_texts
 from build.graph import optimize_graph
-from build.quantize import INT8
 from function.classifier import Classifier
-from training.evaluate import (
+from training.examples import Dataset, Label, read_dataset
+from training.files import read_json, write_json
+from training.metrics import (
     HALF,
     calibration_error,
     choose_thresholds,
@@ -35,11 +35,9 @@ from training.evaluate import (
     summarize_probes,
     summarize_scores,
 )
-from training.examples import Dataset, Label, read_dataset
-from training.files import read_json, write_json
 from training.model import Checkpoint, encoder_of, load_checkpoint
 
-NOTE, SCORES = "verification.json", "scores.npz"
+NOTE = "verification.json"
 PARITY_TEXTS = 200
 LATENCY_RUNS = 15
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from build import bench
-from build.export import FP32, PLAIN
+from build.exported import FP32, PLAIN
 from training.examples import read_dataset
 from training.files import read_json
 

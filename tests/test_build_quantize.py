@@ -11,7 +11,8 @@ import pytest
 from onnx import numpy_helper
 from onnxruntime import InferenceSession
 
-from build.export import FP32, export
+from build.export import export
+from build.exported import FP32
 from build.graph import even_tokens, find_ffn_products, find_inner_products, smooth_channels, split_embeddings
 from build.quantize import MAX_BYTES, Recipe, choose, quantize
 from training.bases import fetch_base

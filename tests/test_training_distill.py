@@ -5,10 +5,10 @@ import pytest
 
 from training import choose, distill
 from training.bases import fetch_base
-from training.evaluate import sigmoid
 from training.examples import read_dataset
 from training.files import read_json
 from training.finetune import finetune, parse_options
+from training.metrics import sigmoid
 from training.model import encoder_layers, load_checkpoint, predict_logits
 
 pytestmark = pytest.mark.slow

@@ -84,22 +84,6 @@ def test_lora_learns_little_and_is_merged_into_the_encoder(tiny_bases, tiny_data
     assert resources["trainable_parameters"] < resources["total_parameters"] / 2
 
 
-def test_a_joined_text_has_the_needs_of_both(base, tiny_data):
-    dataset = read_dataset(tiny_data)
-    checkpoint = new_checkpoint(base, dataset.labels, 64, seed=1)
-    alone, joined = _Varied(checkpoint, dataset.train, 0.0, 0.0), _Varied(checkpoint, dataset.train, 0.0, 1.0)
-    lengths = [items.begin_epoch(np.random.default_rng(1)) for items in (alone, joined)]
-    assert sum(lengths[1]) > 1.5 * sum(lengths[0])
-    for i in range(20):
-        own, both = alone[i], joined[i]
-        body = own["input_ids"][:-1]
-        assert both["input_ids"][: len(body)] == body
-        assert both["input_ids"][-1] == own["input_ids"][-1]
-        assert len(both["input_ids"]) <= 64
-        assert all(both["labels"] >= own["labels"])
-    assert any(joined[i]["labels"].sum() > alone[i]["labels"].sum() for i in range(20))
-
-
 def test_a_dropped_token_is_another_each_time_and_never_the_first_or_last(base, tiny_data):
     dataset = read_dataset(tiny_data)
     items = _Varied(new_checkpoint(base, dataset.labels, 64, seed=1), dataset.train, 0.5, 0.0)

@@ -14,9 +14,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from training.evaluate import calibration_error, sigmoid, summarize_scores
 from training.examples import DataError, Dataset, read_dataset
 from training.files import replace_folder, write_json
+from training.metrics import calibration_error, sigmoid, summarize_scores
 from training.model import load_checkpoint, parameter_counts, predict_logits
 
 CANDIDATES = ".local/build/student,.local/build/teacher"

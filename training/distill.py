@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from training.evaluate import sigmoid
 from training.examples import DataError, Dataset, Examples, read_dataset
 from training.files import read_json
 from training.finetune import finetune, make_parser
+from training.metrics import sigmoid
 from training.model import load_checkpoint, predict_logits
 
 _SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|\n+")

@@ -10,8 +10,7 @@ follows: they hold what the base knows of the language, and some thousand texts 
 only wear it off.
 Against over-fitting, a share of each text's tokens is left out anew every time
 it is seen (word dropout, Iyyer et al. 2015, https://aclanthology.org/P15-1162).
-A share of the texts can be joined with another and have the needs of both; in
-five epochs that gained nothing on validation, so by default none is. At the end
+At the end
 the n-grams of `training.wide` are put beside the encoder.
 transformers' Trainer does the loop: an interrupted run goes on where it was, and
 several processes share each batch under `accelerate launch -m training.finetune`.
@@ -40,13 +39,12 @@ from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from training.evaluate import sigmoid, summarize_scores
 from training.examples import DataError, Dataset, Examples, read_dataset
 from training.files import read_json, write_json
+from training.metrics import sigmoid, summarize_scores
 from training.model import (
     DEFAULT_MAX_TOKENS,
     Checkpoint,
-    cut,
     encode,
     encoder_layers,
     new_checkpoint,
@@ -59,7 +57,7 @@ from training.model import (
 from training.wide import fit_ngrams, spell_pieces
 
 STRATEGIES = ("partial", "lora", "full")
-PARAMETERS = ("strategy", "layers", "frozen_layers", "epochs", "learning_rate", "batch_size", "token_dropout", "joined")
+PARAMETERS = ("strategy", "layers", "frozen_layers", "epochs", "learning_rate", "batch_size", "token_dropout")
 PARAMETERS += ("trust", "unlabelled")
 """The options that a release's provenance names; the last two are those of `training.distill`."""
 HEAD_RATE = 10
@@ -89,9 +87,9 @@ def finetune(base: Path, dataset: Dataset, output: Path, options: argparse.Names
     fit_head(checkpoint, train.part(PROBE_ROWS, options.seed))
     checkpoint.model.encoder = adapt(checkpoint.model.encoder, options.strategy, options.frozen_layers)
     state = output.with_name(output.name + "-training")
-    varied = _Varied(checkpoint, train, options.token_dropout, options.joined)
+    varied = _Varied(checkpoint, train, options.token_dropout)
     trainer = _BucketTrainer(
-        _BucketSampler(varied, options.batch_size, options.bucket_batches, options.seed),
+        _BucketSampler(varied.lengths(), options.batch_size, options.bucket_batches, options.seed),
         model=checkpoint.model,
         args=_training_arguments(state, len(train), options),
         train_dataset=varied,
@@ -172,46 +170,34 @@ def add_wide_branch(checkpoint: Checkpoint, train: Examples, validation: Example
 
 
 class _Varied(TorchDataset[dict]):
-    """Texts' token ids and targets, varied anew in each epoch: some joined with another, tokens left out."""
+    """Texts' token ids and targets; some tokens are left out, others each time."""
 
-    def __init__(self, checkpoint: Checkpoint, examples: Examples, token_dropout: float, joined: float):
-        self._items, self._token_dropout, self._joined = _to_items(checkpoint, examples), token_dropout, joined
-        self._max_tokens, self._head = checkpoint.max_tokens, count_head(checkpoint)
-        self._ids: list[list[int]] = []
-        self._targets: list[np.ndarray] = []
+    def __init__(self, checkpoint: Checkpoint, examples: Examples, token_dropout: float):
+        self._items, self._token_dropout = _to_items(checkpoint, examples), token_dropout
 
     def __len__(self) -> int:
         return len(self._items)
 
     def __getitem__(self, i: int) -> dict:
-        ids = self._ids[i]
-        kept = torch.rand(len(ids)) >= self._token_dropout  # torch's generator: the Trainer seeds and restores it
+        item = self._items[i]
+        kept = torch.rand(len(item["input_ids"])) >= self._token_dropout  # the Trainer seeds and restores torch's
         kept[0] = kept[-1] = True
-        kept_ids = [token for token, keep in zip(ids, kept, strict=True) if keep]
-        return {"input_ids": kept_ids, "labels": self._targets[i]}
+        return {**item, "input_ids": [token for token, keep in zip(item["input_ids"], kept, strict=True) if keep]}
 
-    def begin_epoch(self, random: np.random.Generator) -> list[int]:
-        """Choose what is joined with what; returns the tokens of each text."""
-        self._ids, self._targets = [], []
-        for item in self._items:
-            ids, target = item["input_ids"], item["labels"]
-            if random.random() < self._joined:
-                other = self._items[random.integers(len(self))]
-                ids, target = ids[:-1] + other["input_ids"][self._head :], np.maximum(target, other["labels"])
-            self._ids.append(cut(ids, self._max_tokens))
-            self._targets.append(target)
-        return [len(ids) for ids in self._ids]
+    def lengths(self) -> list[int]:
+        """The tokens of each text, before any is left out."""
+        return [len(item["input_ids"]) for item in self._items]
 
 
 class _BucketSampler(Sampler[int]):
     """Random batches of texts of like length: little padding to compute, and no order by length to learn."""
 
-    def __init__(self, items: _Varied, batch_size: int, bucket_batches: int, seed: int):
-        self._items, self._batch_size, self._seed, self._epoch = items, batch_size, seed, 0
+    def __init__(self, lengths: list[int], batch_size: int, bucket_batches: int, seed: int):
+        self._lengths, self._batch_size, self._seed, self._epoch = lengths, batch_size, seed, 0
         self._bucket = batch_size * bucket_batches
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self._lengths)
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the Trainer, so that a resumed run goes on in the same order."""
@@ -219,11 +205,10 @@ class _BucketSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         random = np.random.default_rng((self._seed, self._epoch))
-        lengths = self._items.begin_epoch(np.random.default_rng((self._seed, self._epoch, 1)))
         order = random.permutation(len(self))
         size = self._batch_size
         buckets = [order[at : at + self._bucket] for at in range(0, len(order), self._bucket)]
-        sorted_ = [i for bucket in buckets for i in sorted(bucket, key=lambda i: lengths[i])]
+        sorted_ = [i for bucket in buckets for i in sorted(bucket, key=lambda i: self._lengths[i])]
         batches = [sorted_[at : at + size] for at in range(0, len(sorted_), size)]
         last = [batches.pop()] if len(batches[-1]) < size else []  # a short batch must stay the last
         random.shuffle(batches)
@@ -268,11 +253,6 @@ def _training_arguments(state: Path, texts: int, options: argparse.Namespace) ->
         dataloader_pin_memory=torch.cuda.is_available(),
         label_names=["labels"],
     )
-
-
-def count_head(checkpoint: Checkpoint) -> int:
-    """How many tokens stand before a text's own: the opening one and the prefix."""
-    return len(checkpoint.tokenizer.encode(checkpoint.prefix).ids) - 1
 
 
 def _to_items(checkpoint: Checkpoint, examples: Examples) -> list[dict]:
@@ -334,7 +314,6 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=int, default=0, help="train on a random part of this many texts; 0 is all")
     parser.add_argument("--learning-rate", type=float, default=1.5e-4)
     parser.add_argument("--token-dropout", type=float, default=0.1, help="share of tokens left out in training")
-    parser.add_argument("--joined", type=float, default=0.0, help="share of texts joined with another in training")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--bucket-batches", type=int, default=BUCKET_BATCHES, help="sort lengths within; 1: do not")
     parser.add_argument("--max-tokens", type=int, default=DEFAULT_MAX_TOKENS)

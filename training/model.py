@@ -170,12 +170,8 @@ def _load_sequence_classifier(folder: Path) -> tuple[nn.Module, list[Label]]:
 def encode(checkpoint: Checkpoint, texts: list[str]) -> list[list[int]]:
     """Token ids of each text with its prefix, cut to `max_tokens` with the closing token kept."""
     ids = [encoding.ids for encoding in checkpoint.tokenizer.encode_batch([checkpoint.prefix + t for t in texts])]
-    return [cut(row, checkpoint.max_tokens) for row in ids]
-
-
-def cut(ids: list[int], limit: int) -> list[int]:
-    """At most so many token ids, the closing one kept."""
-    return ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]
+    limit = checkpoint.max_tokens
+    return [row if len(row) <= limit else [*row[: limit - 1], row[-1]] for row in ids]
 
 
 def predict_logits(checkpoint: Checkpoint, texts: list[str]) -> np.ndarray:

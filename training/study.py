@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 from training.baseline import predict_baseline, predict_static
-from training.evaluate import calibration_error, sigmoid, summarize_scores
 from training.examples import Dataset, read_dataset
 from training.files import read_json, write_json
 from training.finetune import STRATEGIES, hash_examples
+from training.metrics import calibration_error, sigmoid, summarize_scores
 from training.model import DEFAULT_MAX_TOKENS, encode, load_checkpoint, new_checkpoint, predict_logits
 
 RATES = {"lora": 5e-4}

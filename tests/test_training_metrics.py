@@ -1,7 +1,8 @@
 import numpy as np
 
 from training.baseline import predict_static
-from training.evaluate import (
+from training.examples import Examples, Label
+from training.metrics import (
     calibration_error,
     choose_thresholds,
     confuse,
@@ -10,7 +11,6 @@ from training.evaluate import (
     summarize_probes,
     summarize_scores,
 )
-from training.examples import Examples, Label
 
 P = np.array([[0.9, 0.2], [0.6, 0.7], [0.4, 0.8], [0.1, 0.1]])
 T = np.array([[1, 0], [0, 1], [1, 1], [0, 0]], np.float32)
