@@ -5,7 +5,7 @@ RUN = .venv/bin/python
 REQUIREMENTS = requirements.txt training/requirements.txt tests/requirements.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo release serve try status test soak bench story check lock clean
+.PHONY: help install demo release serve try status test coverage soak bench story check lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -34,8 +34,14 @@ try: install ## ask the current release: make try TEXT="요즘 너무 불안해"
 status: install ## what is served, was served, was refused: make status MODEL_URI=gs://… PROJECT=… for the cloud's
 	@$(RUN) -m build.$(if $(MODEL_URI),status --model-uri $(MODEL_URI) $(if $(PROJECT),--project $(PROJECT)) $(if $(REGION),--region $(REGION)),local status)
 
-test: install ## all tests
-	$(RUN) -m pytest
+test: install ## all tests, two at a time; what measures times comes last, alone
+	$(RUN) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not alone"
+	$(RUN) -m pytest -m alone
+
+coverage: install ## all tests once more, and which branches of function and build they take
+	COVERAGE_FILE=$(CURDIR)/.local/coverage $(RUN) -m coverage run -m pytest
+	COVERAGE_FILE=$(CURDIR)/.local/coverage $(RUN) -m coverage combine --quiet
+	COVERAGE_FILE=$(CURDIR)/.local/coverage $(RUN) -m coverage report
 
 soak: install ## load, refreshes, hostile requests, cold start at full length: about 20 minutes, into .local/soak.json
 	PYTHONPATH=. $(RUN) tests/soak.py

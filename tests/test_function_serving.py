@@ -16,6 +16,8 @@ from build import local
 from build.publish import Bucket, promote, publish
 from function.manifest import canonical, name_release
 
+pytestmark = pytest.mark.alone
+
 EAGER = {"REFRESH_SECONDS": "0.05", "LOAD_SECONDS": "1", "THREADS": "16", "MAX_QUEUE": "8"}
 TEXT = "안 가"
 

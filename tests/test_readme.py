@@ -2,13 +2,18 @@
 
 import json
 import re
+import shutil
 import subprocess
 import uuid
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import requests
+from conftest import make_wordpiece
 from known import release_known
+from test_story import PLAIN_DEPLOY, SUBMIT
+from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 from build import local
 from function.app import STATUS_CODES
@@ -105,3 +110,90 @@ def test_the_korean_readme_gives_no_command_that_the_english_one_does_not():
     commands = [line.split("  #")[0].strip() for line in lines]
     assert len(commands) > 8
     assert [command for command in commands if command not in README] == []
+
+
+def list_commands():
+    """Every command of the README: those of its blocks, and those with arguments inside a sentence or a table."""
+    blocks = re.findall(r"^ *```\w*\n(.*?)^ *```", README, re.M | re.S)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    inline = re.findall(r"`((?:make|\.venv/bin/python|build/)[^`]* [^`]*)`", README)
+    return {line for line in [*lines, *inline] if re.match(r"make |build/\w+\.sh |gcloud |\.venv/bin/python ", line)}
+
+
+HERE = (
+    "make demo",
+    'make try TEXT="요즘 너무 불안해"',
+    "make serve PORT=8080",
+    "make status",
+    ".venv/bin/python -m training.examples --data path/to/folder",
+    ".venv/bin/python -m build.local build --set _CHECKPOINT=dir:path/to/model --set _MIN_MACRO_F1=0",
+    ".venv/bin/python -m build.local demo --set _DATA=path/to/folder",
+)
+LONG = {
+    "make test": "what runs here",
+    "make release": "the steps of make demo, on more texts",
+    "make soak": "test_soak.py runs it at a fiftieth",
+    "make bench PEERS=1": "test_build_bench.py runs its engines",
+    "make bench": "the same",
+    "make story": "test_story.py is it",
+    "make lock": "it would take other versions than those that are locked",
+    ".venv/bin/python -m training.study": "test_training_study.py runs it on a few texts",
+    ".venv/bin/python -m build.behaviour": "an hour; it is run by hand where its figures are quoted",
+}
+CLONED = ("training/data", "path/to/folder")
+
+
+def test_every_command_is_run_by_a_test_or_said_to_be_long():
+    story = (ROOT / "tests/test_story.py").read_text("utf-8").replace("{SUBMIT}", SUBMIT) + PLAIN_DEPLOY
+    commands = list_commands()
+    assert commands >= set(HERE) | set(LONG)
+    assert [command for command in commands - set(HERE) - set(LONG) if command not in story] == []
+
+
+@pytest.fixture(scope="module")
+def clone(tiny_data, tmp_path_factory):
+    """A fresh clone, few texts in place of the sample data, a folder and a model of one's own, and this environment."""
+    folder = tmp_path_factory.mktemp("fresh") / "needs"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
+    (folder / ".venv").mkdir()
+    for part in (ROOT / ".venv").iterdir():
+        (folder / ".venv" / part.name).symlink_to(part)
+    (folder / ".venv" / ".installed").unlink()
+    (folder / ".venv" / ".installed").touch()
+    shutil.rmtree(folder / "training/data")
+    for place in CLONED:
+        shutil.copytree(tiny_data, folder / place)
+    write_own_model(folder / "path/to/model")
+    return folder
+
+
+def write_own_model(folder):
+    """As `save_pretrained` leaves it."""
+    tokenizer = make_wordpiece()
+    sizes = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "max_position_embeddings": 66}
+    sizes |= {"vocab_size": tokenizer.get_vocab_size(), "pad_token_id": tokenizer.token_to_id("[PAD]")}
+    DistilBertForSequenceClassification(DistilBertConfig(**sizes)).save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.slow
+def test_the_commands_do_in_a_fresh_clone_what_is_said(clone):
+    def run(command):
+        done = subprocess.run(["bash", "-c", command], cwd=clone, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        return done.stdout
+
+    demo, ask, _, status, check, own_model, own_data = HERE
+    assert "macro-F1" in run(demo)
+    assert "소속감" in run(ask)
+    assert "served: " in run(status)
+    port = local.free_port()
+    address = f"http://127.0.0.1:{port}"
+    with local.run_server(["make", "-C", str(clone), "serve", f"PORT={port}"], f"{address}/health", {}):
+        assert list(requests.post(address, json={"text": "우리 팀"}, timeout=60).json()["scores"]) == [
+            "소속감",
+            "즐거움",
+        ]
+    assert "2 labels: 소속감, 즐거움" in run(check)
+    assert "2 labels: 소속감, 즐거움" in run(own_data)
+    assert "promoted" in run(own_model)

@@ -4,7 +4,7 @@ import pytest
 import soak
 from known import LABELS, MAX_TOKENS, write_known
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 SHARE = 1 / 50
 TEXTS = ["안녕 " * 3, "공평하게 나누었다", "오늘은 아무 일도 없었다 " * 2, "친구와 즐거운 하루", "성취"]

@@ -5,6 +5,7 @@
 
 import io
 import json
+import shlex
 import shutil
 import subprocess
 import time
@@ -18,9 +19,12 @@ from cloud import PROJECT, REGION, run_cloud
 from training.files import write_json
 
 ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
 BUCKET, MODEL_URI = f"{PROJECT}-needs", f"gs://{PROJECT}-needs/needs"
 DATA, OTHER = f"{MODEL_URI}/data", f"gs://{BUCKET}/other"
 LABELS = [{"name": "소속감", "id": "belonging"}, {"name": "즐거움", "id": "enjoyment"}]
+SUBMIT = "gcloud builds submit --project MY-PROJECT --region asia-northeast3 --ignore-file=.gcloudignore-build"
+PLAIN_DEPLOY = next(line for line in README.splitlines() if line.startswith("gcloud functions deploy"))
 FOLLOW_SECONDS = 20
 
 pytestmark = [
@@ -87,12 +91,18 @@ def rights_of(cloud, part: str) -> set[tuple[str, str]]:
     }
 
 
+def as_in_readme(command: str, *more: str) -> list[str]:
+    """A command that stands in the README, for this project, and options more. `test_readme` knows of these calls."""
+    assert f"{command}\n" in README
+    return [*shlex.split(command.replace("MY-PROJECT", PROJECT)), *more]
+
+
 def say(line: str) -> None:
     print(f"\n### {line}", flush=True)
 
 
 def test_from_nothing_to_a_rollback(cloud, tiny_bases, tmp_path):
-    deploy = ("build/deploy.sh", "--project", PROJECT, "--refresh-seconds", "1")
+    deploy = as_in_readme("build/deploy.sh --project MY-PROJECT", "--refresh-seconds", "1")
     say("deploy from nothing: a private function that has no release yet")
     said = cloud.run(*deploy).stdout
     assert "No release is there yet" in said
@@ -108,13 +118,15 @@ def test_from_nothing_to_a_rollback(cloud, tiny_bases, tmp_path):
     assert cloud.buckets[BUCKET]["versioning"] == {"enabled": True}
 
     say("first build, submitted from the source")
-    labels = tmp_path / "labels.json"
-    write_json(labels, LABELS)
-    cloud.run("gcloud", "storage", "cp", str(labels), str(write_texts(tmp_path / "a.jsonl", 0, 120)), f"{DATA}/")
-    given = f"_MODEL_URI={MODEL_URI},_DATA={DATA},{parameters(tiny_bases)}"
-    submit = ["gcloud", "builds", "submit", ".", "--ignore-file=.gcloudignore-build", "--region", REGION]
-    submit += ["--gcs-source-staging-dir", f"gs://{BUCKET}/staging", "--substitutions", given]
-    cloud.run(*submit)
+    own = tmp_path / "path/to/folder"
+    own.mkdir(parents=True)
+    write_json(own / "labels.json", LABELS)
+    write_texts(own / "a.jsonl", 0, 120)
+    upload = as_in_readme("gcloud storage cp path/to/folder/* gs://MY-PROJECT-needs/needs/data/")
+    cloud.run("bash", "-c", f"cd {tmp_path} && {' '.join(upload)}")
+    *submit, substitutions = as_in_readme(f"{SUBMIT} --substitutions=_DATA=gs://MY-PROJECT-needs/needs/data")
+    staging = ["--gcs-source-staging-dir", f"gs://{BUCKET}/staging"]
+    cloud.run(*submit, *staging, f"{substitutions},{parameters(tiny_bases)}")
     first = current(cloud)["release"]
     follow(cloud.services["needs"]["status"]["url"], first)
 
@@ -128,7 +140,7 @@ def test_from_nothing_to_a_rollback(cloud, tiny_bases, tmp_path):
     assert ask(address)[1]["release"] == first
 
     say("a schedule; the job fires, and nothing is new")
-    schedule = ("build/schedule.sh", "--project", PROJECT, "--set", parameters(tiny_bases))
+    schedule = as_in_readme("build/schedule.sh --project MY-PROJECT", "--set", parameters(tiny_bases))
     for _ in range(2):
         cloud.run(*schedule)
     assert (cloud.jobs["needs-refresh"]["schedule"], cloud.jobs["needs-refresh"]["timeZone"]) == (
@@ -165,8 +177,11 @@ def test_from_nothing_to_a_rollback(cloud, tiny_bases, tmp_path):
     assert ask(address)[1]["release"] == second
 
     say("rollback: the function follows, and the schedule does not undo it")
-    rollback = (".venv/bin/python", "-m", "build.rollback", "--model-uri", MODEL_URI)
-    cloud.run(*rollback, "--to", "previous")
+    cloud.run(
+        *as_in_readme(
+            ".venv/bin/python -m build.rollback --model-uri gs://MY-PROJECT-needs/needs --to previous",
+        )
+    )
     follow(address, first)
     assert (current(cloud)["sequence"], current(cloud)["previous"]) == (3, second)
     for name in names:
@@ -177,8 +192,7 @@ def test_from_nothing_to_a_rollback(cloud, tiny_bases, tmp_path):
     assert ask(address)[1]["release"] == first
 
     say("status")
-    status_command = (".venv/bin/python", "-m", "build.status", "--model-uri", MODEL_URI, "--project", PROJECT)
-    said = cloud.run(*status_command).stdout
+    said = cloud.run(*as_in_readme("make status MODEL_URI=gs://MY-PROJECT-needs/needs PROJECT=MY-PROJECT")).stdout
     print(said)
     assert f"served: {first}, promotion 3" in said
     assert "refused: macro-F1" in said
@@ -204,8 +218,7 @@ def test_a_build_can_train_on_vertex_and_deploy_the_function(cloud, tiny_bases, 
     cloud.run(*deploy, "--build-may-deploy", "--vertex")
     given = f"_MODEL_URI={OTHER},_DATA={OTHER}/data,{parameters(tiny_bases)},_TRAIN_ON=vertex"
     given += ",_VERTEX_POLL_SECONDS=1,_DEPLOY=--service built --refresh-seconds 1"
-    submit = ["gcloud", "builds", "submit", ".", "--ignore-file=.gcloudignore-build", "--region", REGION]
-    cloud.run(*submit, "--gcs-source-staging-dir", f"gs://{BUCKET}/staging", "--substitutions", given)
+    cloud.run(*as_in_readme(SUBMIT, "--gcs-source-staging-dir", f"gs://{BUCKET}/staging", "--substitutions", given))
     status, log = last_build(cloud)
     assert (status, log.count("skipped: trained on vertex")) == ("SUCCESS", 2)
     (job,) = cloud.custom_jobs.values()
@@ -216,15 +229,7 @@ def test_a_build_can_train_on_vertex_and_deploy_the_function(cloud, tiny_bases, 
 
 
 def test_the_plain_functions_deploy_of_the_readme_serves(cloud):
-    command = next(
-        line.strip()
-        for line in (ROOT / "README.md").read_text("utf-8").splitlines()
-        if "gcloud functions deploy" in line
-    )
-    done = subprocess.run(
-        ["bash", "-c", command.replace("MY-PROJECT", PROJECT)], env=cloud.environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    cloud.run(*as_in_readme(PLAIN_DEPLOY))
     address = cloud.functions["needs-plain"]["serviceConfig"]["uri"]
     assert requests.get(f"{address}/health", timeout=60).json() == {"status": "ok"}
     assert ask(address)[0] == (200 if "needs" in cloud.services else 503)  # the story has made a release
