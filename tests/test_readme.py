@@ -151,8 +151,8 @@ def test_every_command_is_run_by_a_test_or_said_to_be_long():
 
 
 @pytest.fixture(scope="module")
-def clone(tiny_data, tmp_path_factory):
-    """A fresh clone, few texts in place of the sample data, a folder and a model of one's own, and this environment."""
+def clone(tiny_data, tiny_bases, tmp_path_factory):
+    """A fresh clone with this environment, a tiny base and few texts, and a folder and a model of one's own."""
     folder = tmp_path_factory.mktemp("fresh") / "needs"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
     (folder / ".venv").mkdir()
@@ -160,6 +160,10 @@ def clone(tiny_data, tmp_path_factory):
         (folder / ".venv" / part.name).symlink_to(part)
     (folder / ".venv" / ".installed").unlink()
     (folder / ".venv" / ".installed").touch()
+    pipeline = (folder / "cloudbuild.yaml").read_text("utf-8")
+    assert "_BASE: packaged:e5-small" in pipeline
+    pipeline = pipeline.replace("packaged:e5-small", f"dir:{tiny_bases['bert']}")
+    (folder / "cloudbuild.yaml").write_text(pipeline, "utf-8")
     shutil.rmtree(folder / "training/data")
     for place in CLONED:
         shutil.copytree(tiny_data, folder / place)
