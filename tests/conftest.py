@@ -90,13 +90,19 @@ def make_wordpiece() -> Tokenizer:
     return tokenizer
 
 
-def make_encoder(family: str, vocabulary: int, pad: int) -> PreTrainedModel:
-    """A randomly initialized encoder of two layers."""
+def make_encoder(family: str, vocabulary: int, pad: int, layers: int = 2) -> PreTrainedModel:
+    """A randomly initialized encoder."""
     torch.manual_seed(0)
     common = {"vocab_size": vocabulary, "max_position_embeddings": 66, "pad_token_id": pad}
     if family == "distilbert":
-        return DistilBertModel(DistilBertConfig(dim=32, n_layers=2, n_heads=2, hidden_dim=64, **common))
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, **common}
+        return DistilBertModel(DistilBertConfig(dim=32, n_layers=layers, n_heads=2, hidden_dim=64, **common))
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        **common,
+    }
     if family == "bert":
         return BertModel(BertConfig(**sizes), add_pooling_layer=False)
     return XLMRobertaModel(XLMRobertaConfig(**sizes), add_pooling_layer=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from conftest import make_wordpiece
+from conftest import make_encoder, make_unigram, make_wordpiece
 from known import release_known
 from test_story import PLAIN_DEPLOY, SUBMIT
 from transformers import DistilBertConfig, DistilBertForSequenceClassification
@@ -151,7 +151,7 @@ def test_every_command_is_run_by_a_test_or_said_to_be_long():
 
 
 @pytest.fixture(scope="module")
-def clone(tiny_data, tiny_bases, tmp_path_factory):
+def clone(tiny_data, tmp_path_factory):
     """A fresh clone with this environment, a tiny base and few texts, and a folder and a model of one's own."""
     folder = tmp_path_factory.mktemp("fresh") / "needs"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
@@ -162,11 +162,14 @@ def clone(tiny_data, tiny_bases, tmp_path_factory):
     (folder / ".venv" / ".installed").touch()
     pipeline = (folder / "cloudbuild.yaml").read_text("utf-8")
     assert "_BASE: packaged:e5-small" in pipeline
-    pipeline = pipeline.replace("packaged:e5-small", f"dir:{tiny_bases['bert']}")
+    pipeline = pipeline.replace("packaged:e5-small", "dir:path/to/base")
     (folder / "cloudbuild.yaml").write_text(pipeline, "utf-8")
     shutil.rmtree(folder / "training/data")
     for place in CLONED:
         shutil.copytree(tiny_data, folder / place)
+    tokenizer = make_unigram()
+    make_encoder("bert", tokenizer.get_vocab_size(), pad=1, layers=7).save_pretrained(folder / "path/to/base")
+    tokenizer.save(str(folder / "path/to/base/tokenizer.json"))
     write_own_model(folder / "path/to/model")
     return folder
 
