@@ -44,7 +44,7 @@ from build.graph import (
     smooth_channels,
     split_embeddings,
 )
-from training.examples import DataError, Dataset, Label, read_dataset
+from training.examples import Dataset, Label, demand_dataset
 from training.files import read_json, write_json
 from training.metrics import HALF, match_labels, summarize_scores
 
@@ -227,10 +227,7 @@ def main() -> None:
     parser.add_argument("--onnx", type=Path, default=Path(".local/build/onnx"))
     parser.add_argument("--data", type=Path, default=Path("training/data"))
     args = parser.parse_args()
-    try:
-        dataset = read_dataset(args.data)
-    except DataError as error:
-        raise SystemExit(f"The data cannot be used:\n{error}") from None
+    dataset = demand_dataset(args.data)
     with tempfile.TemporaryDirectory(dir=args.onnx) as scratch:
         rows = search(args.onnx, dataset, Path(scratch))
         chosen = choose(rows)

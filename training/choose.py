@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from training.examples import DataError, Dataset, read_dataset
+from training.examples import Dataset, demand_dataset
 from training.files import replace_folder, write_json
 from training.metrics import calibration_error, sigmoid, summarize_scores
 from training.model import load_checkpoint, parameter_counts, predict_logits
@@ -54,10 +54,7 @@ def main() -> None:
     folders = [Path(folder) for folder in args.candidates.split(",") if Path(folder).is_dir()]
     if not folders:
         raise SystemExit(f"--candidates: expected a checkpoint's folder, found none of {args.candidates}; train one")
-    try:
-        dataset = read_dataset(args.data)
-    except DataError as error:
-        raise SystemExit(f"The data cannot be used:\n{error}") from None
+    dataset = demand_dataset(args.data)
     judged = [judge(folder, dataset) for folder in folders]
     chosen = choose(judged)
     table = Table("", "candidate", "parameters", "macro-F1", "micro-F1", "calibration error")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from training.examples import DataError, Dataset, Examples, read_dataset
+from training.examples import Dataset, Examples, demand_dataset
 from training.files import read_json
 from training.finetune import finetune, make_parser
 from training.metrics import sigmoid
@@ -60,10 +60,7 @@ def main() -> None:
     parser.set_defaults(layers=6, epochs=7.0, output=Path(".local/build/student"))
     options = parser.parse_args()
     teachers = [Path(folder) for folder in options.teachers.split(",")]
-    try:
-        dataset = read_dataset(options.data)
-    except DataError as error:
-        raise SystemExit(f"The data cannot be used:\n{error}") from None
+    dataset = demand_dataset(options.data)
     softened = soften(dataset, teachers, options.trust, options.unlabelled, options.seed)
     finetune(options.base, softened, options.output, options)
     print(read_json(options.output / "training.json")["resources"])

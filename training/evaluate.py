@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from training.baseline import predict_baseline
-from training.examples import DataError, Dataset, read_dataset
+from training.examples import Dataset, demand_dataset
 from training.files import write_json
 from training.metrics import (
     calibration_error,
@@ -81,10 +81,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("training/data"))
     args = parser.parse_args()
     checkpoint = load_checkpoint(args.checkpoint)
-    try:
-        dataset = match_labels(read_dataset(args.data), checkpoint.labels)
-    except DataError as error:
-        raise SystemExit(f"The data cannot be used:\n{error}") from None
+    dataset = match_labels(demand_dataset(args.data), checkpoint.labels)
     if dataset is None:
         raise SystemExit(f"{args.data}: expected the checkpoint's labels, found others; name its own data")
     result = evaluate(args.base, checkpoint, dataset)

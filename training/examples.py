@@ -98,6 +98,14 @@ def read_dataset(data: Path) -> Dataset:
     return Dataset(labels=labels, probes=_read_probes(data / "probes.jsonl", names), **splits)
 
 
+def demand_dataset(data: Path) -> Dataset:
+    """The same for a command: what is wrong is said, and ends it."""
+    try:
+        return read_dataset(data)
+    except DataError as error:
+        raise SystemExit(f"The data cannot be used:\n{error}") from None
+
+
 def read_labels(path: Path) -> list[Label]:
     """Labels in output order: `[{"name": "안정감", "id": "security"}, …]`."""
     expected = '[{"name": "안정감", "id": "security"}, …] with distinct names and ids'
@@ -256,10 +264,7 @@ def main() -> None:
     """Check a data folder and print what is in it."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--data", type=Path, default=Path("training/data"))
-    try:
-        print(describe_dataset(read_dataset(parser.parse_args().data)))
-    except DataError as error:
-        raise SystemExit(f"The data cannot be used:\n{error}") from None
+    print(describe_dataset(demand_dataset(parser.parse_args().data)))
 
 
 if __name__ == "__main__":

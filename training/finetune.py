@@ -39,7 +39,7 @@ from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from training.examples import DataError, Dataset, Examples, read_dataset
+from training.examples import Dataset, Examples, demand_dataset
 from training.files import read_json, write_json
 from training.metrics import sigmoid, summarize_scores
 from training.model import (
@@ -329,10 +329,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Fine-tune and print what it took."""
     options = parse_options()
-    try:
-        dataset = read_dataset(options.data)
-    except DataError as error:
-        raise SystemExit(f"The data cannot be used:\n{error}") from None
+    dataset = demand_dataset(options.data)
     finetune(options.base, dataset, options.output, options)
     print(read_json(options.output / "training.json")["resources"])
 
