@@ -110,23 +110,7 @@ def quantize(source: Path, output: Path, windows: list[np.ndarray], max_tokens: 
     window has more than `max_tokens`. Raises ValueError where nothing was quantized.
     """
     model = onnx.load(source)
-    shrink_wide_table(model.graph)
-    products, inner = find_ffn_products(model.graph), find_inner_products(model.graph)
-    if recipe.alpha is not None:
-        smooth_channels(model, products, windows, recipe.alpha)
-    if recipe.inner is not None:
-        smooth_channels(model, inner, windows, recipe.inner)
-    if recipe.by_token:
-        even_tokens(model.graph, products)
-    small = [node.name for node in model.graph.node if _is_small(node, model.graph)]
-    exact = {*small, *(f"{name}_MatMul" for name in small)}  # as quantize_dynamic calls a Gemm that it rewrites
-    if recipe.by_row:
-        exact |= set(split_embeddings(model.graph, max_tokens))
-        OnnxModel(model).prune_graph()  # segments and mask have no reader any more
-    if recipe.exact == "ffn":
-        exact |= {node.name for node in products}
-    if recipe.exact == "embeddings":
-        exact |= {node.name for node in model.graph.node if node.op_type in ("EmbedLayerNormalization", "Gather")}
+    exact = prepare(model, windows, max_tokens, recipe)
     with tempfile.TemporaryDirectory() as scratch:
         prepared, new = Path(scratch) / "prepared.onnx", Path(scratch) / "new.onnx"
         onnx.save(model, prepared)
@@ -142,17 +126,43 @@ def quantize(source: Path, output: Path, windows: list[np.ndarray], max_tokens: 
             extra_options={"DefaultTensorType": TensorProto.FLOAT},
             nodes_to_exclude=sorted(exact),
         )
-        kinds = {node.op_type for node in onnx.load(new).graph.node}
+        kinds = _kinds(new)
         if not {"MatMulInteger", "QAttention"} <= kinds:
             raise ValueError(
                 f"quantization: expected integer products and attention, found {sorted(kinds)}; fuse first"
             )
         optimize_graph(new, output)
-    left = {node.op_type for node in onnx.load(output).graph.node} & SLOW
-    if left:
+    if left := _kinds(output) & SLOW:
         raise ValueError(
             f"optimization: expected none of {sorted(SLOW)}, found {sorted(left)}; compare onnxruntime's version"
         )
+
+
+def prepare(model: onnx.ModelProto, windows: list[np.ndarray], max_tokens: int, recipe: Recipe) -> set[str]:
+    """Do to the graph, in place, what a recipe asks for; returns the names of the nodes that stay in fp32."""
+    graph = model.graph
+    shrink_wide_table(graph)
+    seconds, inner = find_ffn_products(graph), find_inner_products(graph)
+    if recipe.alpha is not None:
+        smooth_channels(model, seconds, windows, recipe.alpha)
+    if recipe.inner is not None:
+        smooth_channels(model, inner, windows, recipe.inner)
+    if recipe.by_token:
+        even_tokens(graph, seconds)
+    small = [node.name for node in graph.node if _is_small(node, graph)]
+    exact = {*small, *(f"{name}_MatMul" for name in small)}  # as quantize_dynamic calls a Gemm that it rewrites
+    if recipe.by_row:
+        exact |= set(split_embeddings(graph, max_tokens))
+        OnnxModel(model).prune_graph()  # segments and mask have no reader any more
+    if recipe.exact == "ffn":
+        exact |= {node.name for node in seconds}
+    if recipe.exact == "embeddings":
+        exact |= {node.name for node in graph.node if node.op_type in ("EmbedLayerNormalization", "Gather")}
+    return exact
+
+
+def _kinds(path: Path) -> set[str]:
+    return {node.op_type for node in onnx.load(path).graph.node}
 
 
 def _is_small(node: onnx.NodeProto, graph: onnx.GraphProto) -> bool:

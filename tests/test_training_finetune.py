@@ -8,7 +8,7 @@ from training.bases import fetch_base
 from training.examples import read_dataset
 from training.files import read_json, write_json
 from training.finetune import _Varied, adapt, finetune, parse_options
-from training.model import encoder_layers, load_checkpoint, load_encoder, new_checkpoint, predict_logits
+from training.model import encode, encoder_layers, load_checkpoint, load_encoder, new_checkpoint, predict_logits
 
 pytestmark = pytest.mark.slow
 
@@ -86,9 +86,9 @@ def test_lora_learns_little_and_is_merged_into_the_encoder(tiny_bases, tiny_data
 
 def test_a_dropped_token_is_another_each_time_and_never_the_first_or_last(base, tiny_data):
     dataset = read_dataset(tiny_data)
-    items = _Varied(new_checkpoint(base, dataset.labels, 64, seed=1), dataset.train, 0.5, 0.0)
-    items.begin_epoch(np.random.default_rng(1))
-    whole = items._ids[0]
+    checkpoint = new_checkpoint(base, dataset.labels, 64, seed=1)
+    items = _Varied(checkpoint, dataset.train, token_dropout=0.5)
+    (whole,) = encode(checkpoint, dataset.train.texts[:1])
     seen = [items[0]["input_ids"] for _ in range(10)]
     assert len({tuple(ids) for ids in seen}) > 5
     assert {(ids[0], ids[-1]) for ids in seen} == {(whole[0], whole[-1])}
