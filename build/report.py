@@ -280,8 +280,8 @@ def describe_making(metrics: dict) -> Iterator[Section]:
     ]
     header = ["recipe", "drift", "flips", "macro-F1", "lowest F1 of a need", "MB", "ms a text"]
     rule = (
-        "On the validation split. Drift is the mean difference of probabilities from fp32; released is the recipe "
-        "the smallest of those, small and fast enough, that hardly drift more than the least."
+        "On the validation split. Drift is the mean difference of probabilities from fp32; released is, of the "
+        "recipes that are small and fast enough, the smallest that hardly drifts more than the least."
     )
     yield Section("INT8 방식 (recipes)", f"{rule}\n\n{render_table(header, rows)}")
     exported = metrics["export"]
