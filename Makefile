@@ -34,12 +34,12 @@ try: install ## ask the current release: make try TEXT="요즘 너무 불안해"
 status: install ## what is served, was served, was refused: make status MODEL_URI=gs://… PROJECT=… for the cloud's
 	@$(RUN) -m build.$(if $(MODEL_URI),status --model-uri $(MODEL_URI) $(if $(PROJECT),--project $(PROJECT)) $(if $(REGION),--region $(REGION)),local status)
 
-test: install ## all tests, three at a time; what measures times comes last, alone
-	$(RUN) -m pytest -n 3 --dist loadgroup --no-loadscope-reorder -m "not alone"
+test: install ## all tests, two at a time; what measures times comes last, alone
+	$(RUN) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not alone"
 	$(RUN) -m pytest -m alone
 
 coverage: install ## all tests once more, and which branches of function and build they take
-	COVERAGE_FILE=$(CURDIR)/.local/coverage $(RUN) -m coverage run -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
+	COVERAGE_FILE=$(CURDIR)/.local/coverage $(RUN) -m coverage run -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 	COVERAGE_FILE=$(CURDIR)/.local/coverage $(RUN) -m coverage combine --quiet
 	COVERAGE_FILE=$(CURDIR)/.local/coverage $(RUN) -m coverage report
 
