@@ -2,6 +2,8 @@
 PYTHON ?= python3
 PORT ?= 8080
 RUN = .venv/bin/python
+AT_ONCE = -n 2 --dist loadgroup --no-loadscope-reorder -m "not alone"
+COVERAGE = COVERAGE_FILE=$(CURDIR)/.local/coverage $(RUN) -m coverage
 REQUIREMENTS = requirements.txt training/requirements.txt tests/requirements.txt
 
 .DEFAULT_GOAL := help
@@ -35,13 +37,14 @@ status: install ## what is served, was served, was refused: make status MODEL_UR
 	@$(RUN) -m build.$(if $(MODEL_URI),status --model-uri $(MODEL_URI) $(if $(PROJECT),--project $(PROJECT)) $(if $(REGION),--region $(REGION)),local status)
 
 test: install ## all tests, two at a time; what measures times comes last, alone
-	$(RUN) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not alone"
+	$(RUN) -m pytest $(AT_ONCE)
 	$(RUN) -m pytest -m alone
 
 coverage: install ## all tests once more, and which branches of function and build they take
-	COVERAGE_FILE=$(CURDIR)/.local/coverage $(RUN) -m coverage run -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
-	COVERAGE_FILE=$(CURDIR)/.local/coverage $(RUN) -m coverage combine --quiet
-	COVERAGE_FILE=$(CURDIR)/.local/coverage $(RUN) -m coverage report
+	$(COVERAGE) run -m pytest $(AT_ONCE)
+	$(COVERAGE) run -m pytest -m alone
+	$(COVERAGE) combine --quiet
+	$(COVERAGE) report
 
 soak: install ## load, refreshes, hostile requests, cold start at full length: about 20 minutes, into .local/soak.json
 	PYTHONPATH=. $(RUN) tests/soak.py

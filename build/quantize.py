@@ -247,8 +247,8 @@ def main() -> None:
     for row in noted:
         del row["path"]
     write_json(args.onnx / NOTE, {"recipe": str(chosen["recipe"]), "searched": noted})
-    before = (args.onnx / FP32).stat().st_size
-    print(f"quantized: {before:,} bytes before, {chosen['bytes']:,} after; {chosen['recipe']}")
+    before, nodes = (args.onnx / FP32).stat().st_size, len(onnx.load(args.onnx / INT8).graph.node)
+    print(f"quantized: {before:,} bytes before, {chosen['bytes']:,} after, {nodes} nodes; {chosen['recipe']}")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ DATA, OTHER = f"{MODEL_URI}/data", f"gs://{BUCKET}/other"
 LABELS = [{"name": "소속감", "id": "belonging"}, {"name": "즐거움", "id": "enjoyment"}]
 SUBMIT = "gcloud builds submit --project MY-PROJECT --region asia-northeast3 --ignore-file=.gcloudignore-build"
 PLAIN_DEPLOY = next(line for line in README.splitlines() if line.startswith("gcloud functions deploy"))
+ROLLBACK = ".venv/bin/python -m build.rollback --model-uri gs://MY-PROJECT-needs/needs --to previous"
 FOLLOW_SECONDS = 20
 
 pytestmark = [
@@ -177,11 +178,7 @@ def test_from_nothing_to_a_rollback(cloud, tiny_bases, tmp_path):
     assert ask(address)[1]["release"] == second
 
     say("rollback: the function follows, and the schedule does not undo it")
-    cloud.run(
-        *as_in_readme(
-            ".venv/bin/python -m build.rollback --model-uri gs://MY-PROJECT-needs/needs --to previous",
-        )
-    )
+    cloud.run(*as_in_readme(ROLLBACK))
     follow(address, first)
     assert (current(cloud)["sequence"], current(cloud)["previous"]) == (3, second)
     for name in names:
