@@ -36,6 +36,8 @@ try: install ## ask the current release: make try TEXT="요즘 너무 불안해"
 status: install ## what is served, was served, was refused: make status MODEL_URI=gs://… PROJECT=… for the cloud's
 	@$(RUN) -m build.$(if $(MODEL_URI),status --model-uri $(MODEL_URI) $(if $(PROJECT),--project $(PROJECT)) $(if $(REGION),--region $(REGION)),local status)
 
+test coverage check: export OMP_NUM_THREADS = 1  # of torch: two tests at a time share the cores
+
 test: install ## all tests, two at a time; what measures times comes last, alone
 	$(RUN) -m pytest $(AT_ONCE)
 	$(RUN) -m pytest -m alone

@@ -138,7 +138,7 @@ LONG = {
     "make story": "test_story.py is it",
     "make lock": "it would take other versions than those that are locked",
     ".venv/bin/python -m training.study": "test_training_study.py runs it on a few texts",
-    ".venv/bin/python -m build.behaviour": "it needs a real release; it is run by hand where its figures are quoted",
+    ".venv/bin/python -m build.behaviour": "test_build_behaviour.py runs it on a known model",
 }
 CLONED = ("training/data", "path/to/folder")
 
