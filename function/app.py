@@ -13,6 +13,7 @@ from functools import cache
 from hashlib import sha256
 from http import HTTPStatus
 from pathlib import Path
+from traceback import format_tb  # which logging has imported
 
 from flask import Request, Response, current_app, has_app_context
 from werkzeug.exceptions import HTTPException
@@ -310,8 +311,9 @@ class _JsonLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         entry = {"severity": record.levelname, "message": record.getMessage(), **getattr(record, "known", {})}
-        if record.exc_info:
-            entry["message"] += "\n" + self.formatException(record.exc_info)
+        if record.exc_info:  # where it failed and on what kind of error; what the error says may hold a text
+            kind, _, frames = record.exc_info
+            entry["message"] += "\n" + "".join([*format_tb(frames), kind.__name__ if kind else ""])
         trace = _find_trace(getattr(record, "headers", {}))
         if trace and self._project:
             entry["logging.googleapis.com/trace"] = f"projects/{self._project}/traces/{trace}"

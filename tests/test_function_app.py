@@ -5,14 +5,18 @@ import re
 import subprocess
 import sys
 import uuid
+from hashlib import sha256
 from pathlib import Path
 
 import openapi_spec_validator
 import pytest
 import requests
-from known import NAMES, release_known, score_known
+from flask import Request
+from known import NAMES, release_known, score_known, write_known
+from werkzeug.test import create_environ
 
 from build import local
+from function import app
 
 LONG = "친" + "가" * 200
 ORIGIN = "https://diary.example"
@@ -221,3 +225,61 @@ def test_a_sane_request_id_is_kept_and_another_replaced(address):
     found = [response.headers["X-Request-Id"] for response in kept]
     assert found[0] == "order-17"
     assert all(re.fullmatch(r"[0-9a-f]{32}", new) for new in found[1:])
+
+
+def test_a_method_that_the_framework_has_no_route_for_is_a_problem_like_the_others(address):
+    response = requests.request("TRACE", address, timeout=30)
+    assert (response.status_code, response.headers["Content-Type"]) == (405, "application/problem+json")
+    assert response.headers["Allow"] == "GET, POST, HEAD, OPTIONS"
+    assert "X-Request-Id" in response.headers
+
+
+@pytest.fixture
+def here(monkeypatch, tmp_path):
+    """Ask the function in this process, with the default limits and a release in a folder."""
+    for name in ("handlers", "level", "propagate"):  # of the log, to be as before afterwards
+        monkeypatch.setattr(app._log, name, getattr(app._log, name))
+    stored = write_known(tmp_path / "new")
+    release = json.loads(stored)["release"]
+    (tmp_path / "releases").mkdir()
+    (tmp_path / "new").rename(tmp_path / "releases" / release)
+    pointer = {"schema": 1, "release": release, "manifest_sha256": sha256(stored).hexdigest(), "sequence": 1}
+    (tmp_path / "current.json").write_text(json.dumps(pointer))
+    settings = {"MODEL_URI": f"file://{tmp_path}", "CACHE_DIR": str(tmp_path / "cache")}
+    needs = app.create_function({**settings, "PRELOAD": "0", "GOOGLE_CLOUD_PROJECT": "house"})
+
+    def ask(body, **headers):
+        return needs(Request(create_environ(method="POST", json=body, headers=headers)))
+
+    return ask
+
+
+def test_more_windows_than_a_request_may_have_are_refused_together(here):
+    answer = here({"texts": ["가" * 2000] * 64})
+    assert answer.status_code == 422
+    assert answer.json["detail"] == (
+        "texts: expected at most 256 windows of 64 tokens in all, found 512; split the request"
+    )
+
+
+def test_a_defect_is_a_problem_with_an_id_and_its_log_line_says_where_and_no_text(capsys, here, monkeypatch):
+    secret = uuid.uuid4().hex
+
+    def fail(*_):
+        raise ZeroDivisionError(secret)
+
+    monkeypatch.setattr(app, "_answer", fail)
+    answer = here({"text": secret}, traceparent=f"00-{TRACE}-00f067aa0ba902b7-01")
+    assert (answer.status_code, answer.json["detail"]) == (500, "the function failed; the log says why")
+    assert re.fullmatch(r"[0-9a-f]{32}", answer.headers["X-Request-Id"])
+    logged = capsys.readouterr().err
+    entry = next(json.loads(line) for line in logged.splitlines() if '"defect' in line)
+    assert (entry["severity"], entry["message"].splitlines()[-1]) == ("ERROR", "ZeroDivisionError")
+    assert "in fail" in entry["message"]
+    assert entry["logging.googleapis.com/trace"] == f"projects/house/traces/{TRACE}"
+    assert secret not in logged
+
+
+def test_a_setting_that_cannot_be_used_ends_the_start_with_a_plain_message():
+    with pytest.raises(SystemExit, match="MODEL_URI: expected gs://bucket/prefix"):
+        app.create_function({"MODEL_URI": "s3://x"})

@@ -35,7 +35,7 @@ class Faulty(BaseHTTPRequestHandler):
         if fault == "no token":
             self._send(200, b"{}")
             return
-        if "computeMetadata" in self.path:
+        if "computeMetadata" in self.path and fault != 503:
             self._send(200, b'{"access_token": "abc", "expires_in": 3600}')
             return
         if fault == "cut half-way":
@@ -163,6 +163,22 @@ def test_on_cloud_run_the_metadata_server_gives_the_token_once():
     ]
     assert seen[0][1]["Metadata-Flavor"] == "Google"
     assert [headers.get("Authorization") for _, headers in seen] == [None, "Bearer abc", "Bearer abc"]
+
+
+def test_a_refused_token_is_asked_for_anew_and_a_failing_metadata_server_tried_again():
+    with (
+        run_faulty(200, 401, 200, 200, 503) as (host, seen),
+        make_json_reader(host, {"K_SERVICE": "needs", "GCE_METADATA_HOST": host}) as reader,
+    ):
+        reader._address = reader._address._replace(scheme="http", netloc=host)
+        with pytest.raises(ReleaseUnavailable, match="401"):
+            reader("a", time.monotonic() + 5)
+        reader("b", time.monotonic() + 5)
+        reader._tokens.forget()
+        reader("c", time.monotonic() + 5)
+    asked = [path.partition("?")[0].removeprefix("/storage/v1/b/b/o/p%2F") for path, _ in seen]
+    token = "/computeMetadata/v1/instance/service-accounts/default/token"
+    assert asked == [token, "a", token, "b", token, token, "c"]
 
 
 def test_a_metadata_server_without_a_token_is_said():

@@ -1,4 +1,5 @@
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -6,12 +7,13 @@ import time
 from pathlib import Path
 
 import pytest
+from known import write_known
 
 from function.errors import ReleaseRefused, ReleaseUnavailable, SettingError
-from function.manifest import MODEL, TOKENIZER, File, Manifest
+from function.manifest import MODEL, TOKENIZER, File, Manifest, canonical, name_release
 from function.readers import open_reader
 from function.settings import read_settings
-from function.store import fetch_files, keep_files, remove_others
+from function.store import fetch_files, keep_files, read_manifest, remove_others
 
 CONTENT = {MODEL: b"model", TOKENIZER: b"tokenizer"}
 RELEASE = "20260101T000000Z-0123456789ab"
@@ -89,6 +91,37 @@ def test_what_a_killed_process_left_half_written_goes_once_it_is_old(folder, tmp
     assert {path.name for path in cache.iterdir()} == kept | {".new-young"}
 
 
+def test_what_cannot_be_removed_is_logged_and_what_is_gone_is_not(folder, tmp_path, caplog):
+    cache = tmp_path / "cache"
+    fetch(folder, cache)
+    (cache / ("0" * 64)).mkdir()
+    (cache / ".new-gone").symlink_to(cache / "nowhere")  # as one that another worker removes in between
+    remove_others(make_manifest(), cache, seconds=30)
+    (line,) = caplog.messages
+    assert line.startswith(f"cache: expected to remove {cache / ('0' * 64)}, found")
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"labels": [{"name": "x"}]}, r"manifest.json: expected the members of schema 1, found KeyError\('id'\)"),
+        ({"labels": []}, "manifest.json: expected labels, model.onnx and tokenizer.json, found less"),
+        ({"files": {}}, "manifest.json: expected labels, model.onnx and tokenizer.json, found less"),
+        ({}, "manifest.json: expected another, found 2"),
+    ],
+    ids=str,
+)
+def test_a_manifest_that_is_not_whole_or_another_releases_is_refused(tmp_path, change, problem):
+    document = json.loads(write_known(tmp_path)) | change
+    document["release"] = name_release(document)
+    stored = canonical(document)
+    name = document["release"] if change else "another"
+    (tmp_path / "releases" / name).mkdir(parents=True)
+    (tmp_path / "releases" / name / "manifest.json").write_bytes(stored)
+    with pytest.raises(ReleaseRefused, match=problem):
+        read_manifest(open_reader(f"file://{tmp_path}"), name, hashlib.sha256(stored).hexdigest(), time.monotonic() + 5)
+
+
 @pytest.mark.parametrize("stored", [b"modem", b"mode", b""])
 def test_a_file_other_than_the_manifests_is_refused(folder, tmp_path, stored):
     (folder / "releases" / RELEASE / MODEL).write_bytes(stored)
@@ -105,6 +138,7 @@ def test_a_missing_file_is_unavailable(tmp_path):
     ("environment", "problem"),
     [
         ({"MODEL_URI": "s3://x"}, "MODEL_URI: expected gs://bucket/prefix or file:///folder, found 's3://x'"),
+        ({"MODEL_URI": "gs://x", "MAX_TEXTS": "many"}, "MAX_TEXTS: expected a number of at least 1, found 'many'"),
         ({"MODEL_URI": "gs://x", "PRELOAD": "2"}, "PRELOAD: expected 0 or 1, found '2'"),
         ({"MODEL_URI": "gs://x", "LOAD_SECONDS": "nan"}, "LOAD_SECONDS: expected a number"),
         ({"MODEL_URI": "gs://x", "MAX_CONCURRENT": "2", "THREADS": "6"}, "THREADS: expected more than"),
