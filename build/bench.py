@@ -115,7 +115,7 @@ class Engine:
         return float(np.median(self.times[length]))
 
 
-def make_distilbert(labels: int, checkpoint: Checkpoint, folder: Path) -> None:
+def make_distilbert(labels: int, checkpoint: Checkpoint, folder: Path) -> None:  # pragma: no cover, as `main`
     """A checkpoint of DistilBERT-multilingual's architecture with random weights, and its ONNX file."""
     encoder = DistilBertModel._from_config(  # type: ignore[no-untyped-call]
         DistilBertConfig(vocab_size=DISTILBERT_PIECES), attn_implementation="eager", dtype=torch.float32
@@ -137,7 +137,7 @@ def list_engines(checkpoint: Path, onnx: Path) -> list[Engine]:
     ]
 
 
-def list_distilbert(folder: Path) -> list[Engine]:
+def list_distilbert(folder: Path) -> list[Engine]:  # pragma: no cover, as `main`
     """The architecture of the published study's model, which has other weights."""
     return [
         Engine("DistilBERT-multilingual, PyTorch eager", "torch", folder, same_weights=False),
@@ -155,7 +155,7 @@ def list_peers(checkpoint: Path, onnx: Path, pythons: dict[str, str]) -> list[En
     ]
 
 
-def make_environments(folder: Path) -> dict[str, str]:
+def make_environments(folder: Path) -> dict[str, str]:  # pragma: no cover, as `main`
     """A virtual environment for each peer, made once; returns their Pythons."""
     pythons = {}
     for name, packages in ENVIRONMENTS.items():
@@ -224,7 +224,7 @@ def make_table(engines: list[Engine], lengths: Sequence[int] = LENGTHS) -> Table
     return table
 
 
-def measure_throughput(texts: list[str], requests: int) -> dict[int, float]:
+def measure_throughput(texts: list[str], requests: int) -> dict[int, float]:  # pragma: no cover, as `main`
     """Texts a second through the function over HTTP, one request after another, by texts a request."""
     with run_bucket() as bucket, run_function(bucket) as address:
         post(address, {"text": texts[0]})
@@ -238,7 +238,7 @@ def measure_throughput(texts: list[str], requests: int) -> dict[int, float]:
     return {size: float(1 / np.median(values)) for size, values in times.items()}
 
 
-def main() -> None:
+def main() -> None:  # pragma: no cover, `make bench`: minutes, on a real release; its parts are tested on a tiny one
     """Print the table, and write it to .local/bench.json."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--onnx", type=Path, default=Path(".local/build/onnx"))

@@ -62,7 +62,7 @@ def load_served(path: str, threads: int) -> Run:
     return Classifier(*files, prefix="", max_tokens=512, max_windows=1, threads=threads).run
 
 
-def load_optimum(path: str, threads: int) -> Run:
+def load_optimum(path: str, threads: int) -> Run:  # pragma: no cover, a peer: in an environment of its own
     """The encoder exported and quantized by optimum-onnx, both as they come; the head in numpy, no wide branch."""
     import tempfile
 
@@ -93,7 +93,7 @@ def load_optimum(path: str, threads: int) -> Run:
     return run
 
 
-def load_openvino(path: str, threads: int, *, recipe: str = "") -> Run:
+def load_openvino(path: str, threads: int, *, recipe: str = "") -> Run:  # pragma: no cover, as optimum
     """An ONNX file in OpenVINO: as it is, with INT8 weights, or quantized after training by NNCF.
 
     `windows.json` beside the file calibrates the latter.
