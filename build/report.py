@@ -292,9 +292,9 @@ def describe_making(metrics: dict) -> Iterator[Section]:
         yield Section("학습 자원 (training)", _describe_resources(metrics["training"]["resources"]))
     yield Section(
         "쓰지 말아야 할 곳 (not for)",
-        "Diagnosis, judging a person, or decisions about one: it scores what a text says, learned from synthetic "
-        "texts of a small group of writers, and it errs as the tables show. It knows Korean; other languages and "
-        "quoted speech of others are not what it was made for.",
+        "Diagnosis, judging a person, or decisions about one: it scores what a text says, and it errs as the tables "
+        "show. It knows texts like those that it learned from (the project's sample data are synthetic, by a small "
+        "group of writers); other languages and quoted speech of others are not what it was made for.",
     )
 
 
