@@ -1,5 +1,6 @@
 import hashlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from known import write_known
 
+from function import store
 from function.errors import ReleaseRefused, ReleaseUnavailable, SettingError
 from function.manifest import MODEL, TOKENIZER, File, Manifest, canonical, name_release
 from function.readers import open_reader
@@ -91,13 +93,15 @@ def test_what_a_killed_process_left_half_written_goes_once_it_is_old(folder, tmp
     assert {path.name for path in cache.iterdir()} == kept | {".new-young"}
 
 
-def test_what_cannot_be_removed_is_logged_and_what_is_gone_is_not(folder, tmp_path, caplog):
-    cache = tmp_path / "cache"
+def test_what_cannot_be_removed_is_logged_and_what_is_gone_is_not(folder, tmp_path, monkeypatch):
+    cache, said, handler = tmp_path / "cache", [], logging.Handler()
+    monkeypatch.setattr(handler, "emit", lambda record: said.append(record.getMessage()))
+    monkeypatch.setattr(store._log, "handlers", [handler])  # whatever an earlier test made of the log
     fetch(folder, cache)
     (cache / ("0" * 64)).mkdir()
     (cache / ".new-gone").symlink_to(cache / "nowhere")  # as one that another worker removes in between
     remove_others(make_manifest(), cache, seconds=30)
-    (line,) = caplog.messages
+    (line,) = said
     assert line.startswith(f"cache: expected to remove {cache / ('0' * 64)}, found")
 
 
