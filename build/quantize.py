@@ -114,7 +114,7 @@ def quantize(source: Path, output: Path, windows: list[np.ndarray], max_tokens: 
     with tempfile.TemporaryDirectory() as scratch:
         prepared, new = Path(scratch) / "prepared.onnx", Path(scratch) / "new.onnx"
         onnx.save(model, prepared)
-        logging.getLogger().setLevel(logging.ERROR)  # a hint to pre-process, which fused graphs have no use for
+        logging.getLogger().addFilter(_is_no_hint)
         quantize_dynamic(
             prepared,
             new,
@@ -159,6 +159,11 @@ def prepare(model: onnx.ModelProto, windows: list[np.ndarray], max_tokens: int, 
     if recipe.exact == "embeddings":
         exact |= {node.name for node in graph.node if node.op_type in ("EmbedLayerNormalization", "Gather")}
     return exact
+
+
+def _is_no_hint(record: logging.LogRecord) -> bool:
+    """Not ONNX Runtime's hint to pre-process first, which fused graphs have no use for."""
+    return "pre-processing" not in record.getMessage()
 
 
 def _kinds(path: Path) -> set[str]:
