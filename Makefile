@@ -7,7 +7,7 @@ COVERAGE = COVERAGE_FILE=$(CURDIR)/.local/coverage $(RUN) -m coverage
 REQUIREMENTS = requirements.txt training/requirements.txt tests/requirements.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo release serve try status test coverage soak bench story check lock clean
+.PHONY: help install demo release serve try status test coverage soak bench story check lint types fast lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -59,9 +59,16 @@ story: install ## deploy, build, refresh, refusal, rollback: the real gcloud aga
 	$(RUN) -m pytest -s tests/test_story.py
 
 check: install ## lint, types and the fast tests
+	@$(MAKE) --no-print-directory -j 2 lint types fast
+
+lint: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+types: install
 	$(RUN) -m mypy
+
+fast: install
 	$(RUN) -m pytest -m "not slow"
 
 lock: install ## write requirements.txt anew, with hashes, for Python 3.11 to 3.13

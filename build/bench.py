@@ -20,7 +20,7 @@ import tempfile
 import time
 import venv
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,9 +31,10 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import DistilBertConfig, DistilBertModel
 
+from build.ask import post
 from build.export import trace
 from build.exported import FP32, PLAIN, read_windows
-from build.local import post, run_bucket, run_function
+from build.local import run_bucket, run_function
 from training.examples import read_dataset
 from training.files import write_json
 from training.metrics import HALF, sigmoid
@@ -75,30 +76,25 @@ class Engine:
     process: subprocess.Popen[str] = field(init=False)
 
     def run(self, ids: np.ndarray) -> tuple[float, np.ndarray]:
-        """Milliseconds and float32 [L] logits of int64 [1, T] ids."""
-        answer = self._ask(ids.tolist())
-        return answer["ms"], np.array(answer["logits"], np.float32)
-
-    def _ask(self, line: list | None) -> dict:
+        """Milliseconds and float32 [L] logits of int64 [1, T] ids; the first run waits until the engine has loaded."""
         asked, answers = self.process.stdin, self.process.stdout
-        if line is not None:
-            print(json.dumps(line), file=asked, flush=True)
-        answer = answers.readline() if answers else ""
-        if not answer:
+        with suppress(BrokenPipeError):  # it has ended
+            print(json.dumps(ids.tolist()), file=asked, flush=True)
+        line = answers.readline() if answers else ""
+        if not line:
             raise BenchError(f"{self.name}: expected an answer, found the process ended; its lines above say why")
-        found: dict = json.loads(answer)
-        return found
+        answer = json.loads(line)
+        return answer["ms"], np.array(answer["logits"], np.float32)
 
     @contextmanager
     def started(self, threads: int) -> Iterator["Engine"]:
-        """The engine's process, loaded and ready."""
+        """The engine's process, which loads while others do."""
         command = [self.python, "build/engines.py", self.kind, str(self.path), str(threads)]
         environment = {**os.environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": str(threads)}
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
         try:
-            self._ask(None)
             yield self
         finally:
             self.process.terminate()
@@ -260,7 +256,7 @@ def main() -> None:  # pragma: no cover, `make bench`: minutes, on a real releas
         engines = list_engines(checkpoint_folder, args.onnx) + list_distilbert(distilbert)
         if args.peers:
             engines += list_peers(checkpoint_folder, args.onnx, make_environments(Path(".local/peers")))
-        for engine in tqdm(engines, "start", leave=False):
+        for engine in engines:
             running.enter_context(engine.started(args.threads))
         measure_latency(engines, windows, runs=args.runs)
         count_flips(engines, windows, getattr(checkpoint.model, "wide", None))

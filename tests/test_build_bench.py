@@ -56,7 +56,7 @@ def test_engines_are_asked_in_turn_and_the_table_has_medians_and_ratios(onnx, in
 def test_an_engine_that_ends_says_which(onnx, in_checkout, tmp_path):
     engine = bench.Engine("broken", "onnxruntime", tmp_path / "none.onnx")
     with pytest.raises(bench.BenchError, match="broken: expected an answer"), engine.started(1):
-        pass
+        engine.run(np.array([[0, 2]]))
     assert engine.process.returncode is not None
 
 

@@ -20,8 +20,7 @@ from training.files import write_json
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
-BUCKET, MODEL_URI = f"{PROJECT}-needs", f"gs://{PROJECT}-needs/needs"
-DATA, OTHER = f"{MODEL_URI}/data", f"gs://{BUCKET}/other"
+BUCKET, DATA = f"{PROJECT}-needs", f"gs://{PROJECT}-needs/needs/data"
 LABELS = [{"name": "소속감", "id": "belonging"}, {"name": "즐거움", "id": "enjoyment"}]
 SUBMIT = "gcloud builds submit --project MY-PROJECT --region asia-northeast3 --ignore-file=.gcloudignore-build"
 PLAIN_DEPLOY = next(line for line in README.splitlines() if line.startswith("gcloud functions deploy"))
@@ -118,7 +117,14 @@ def test_from_nothing_to_a_rollback(cloud, tiny_bases, tmp_path):
     }
     assert cloud.buckets[BUCKET]["versioning"] == {"enabled": True}
 
-    say("first build, submitted from the source")
+    say("a second deploy lets the build train on Vertex AI and deploy")
+    cloud.run(*deploy, "--build-may-deploy", "--vertex")
+    assert rights_of(cloud, "build") >= {
+        (f"projects/{PROJECT}", "run.sourceDeveloper"),
+        (f"projects/{PROJECT}", "aiplatform.user"),
+    }
+
+    say("first build, submitted from the source: it trains on Vertex AI and deploys")
     own = tmp_path / "path/to/folder"
     own.mkdir(parents=True)
     write_json(own / "labels.json", LABELS)
@@ -127,15 +133,17 @@ def test_from_nothing_to_a_rollback(cloud, tiny_bases, tmp_path):
     cloud.run("bash", "-c", f"cd {tmp_path} && {' '.join(upload)}")
     *submit, substitutions = as_in_readme(f"{SUBMIT} --substitutions=_DATA=gs://MY-PROJECT-needs/needs/data")
     staging = ["--gcs-source-staging-dir", f"gs://{BUCKET}/staging"]
-    cloud.run(*submit, *staging, f"{substitutions},{parameters(tiny_bases)}")
+    there = "_TRAIN_ON=vertex,_VERTEX_POLL_SECONDS=1,_DEPLOY=--refresh-seconds 1"
+    cloud.run(*submit, *staging, f"{substitutions},{parameters(tiny_bases)},{there}")
+    status, log = last_build(cloud)
+    assert (status, log.count("skipped: trained on vertex")) == ("SUCCESS", 2)
+    (job,) = cloud.custom_jobs.values()
+    container = job["jobSpec"]["workerPoolSpecs"][0]["containerSpec"]
+    assert "build.local steps finetune,distill" in container["args"][1]
     first = current(cloud)["release"]
-    follow(cloud.services["needs"]["status"]["url"], first)
-
-    say("deploy once more: the start-up probe loads the release now")
-    cloud.run(*deploy)
     service = cloud.services["needs"]
     probe = service["spec"]["template"]["spec"]["containers"][0]["startupProbe"]
-    assert probe["httpGet"]["path"] == "/ready"
+    assert probe["httpGet"]["path"] == "/ready"  # from now on it loads the release
     address = service["status"]["url"]
     process = cloud.processes[address]
     assert ask(address)[1]["release"] == first
@@ -202,27 +210,6 @@ def test_from_nothing_to_a_rollback(cloud, tiny_bases, tmp_path):
 def bucket_there(cloud):
     """As after a first deploy."""
     requests.post(f"{cloud.storage}/storage/v1/b", json={"name": BUCKET}, timeout=60)
-
-
-@pytest.mark.usefixtures("bucket_there")
-def test_a_build_can_train_on_vertex_and_deploy_the_function(cloud, tiny_bases, tmp_path):
-    write_json(tmp_path / "labels.json", LABELS)
-    write_texts(tmp_path / "a.jsonl", 0, 120)
-    cloud.run(
-        "gcloud", "storage", "cp", *(str(tmp_path / name) for name in ("labels.json", "a.jsonl")), f"{OTHER}/data/"
-    )
-    deploy = ("build/deploy.sh", "--project", PROJECT, "--service", "built", "--model-uri", OTHER)
-    cloud.run(*deploy, "--build-may-deploy", "--vertex")
-    given = f"_MODEL_URI={OTHER},_DATA={OTHER}/data,{parameters(tiny_bases)},_TRAIN_ON=vertex"
-    given += ",_VERTEX_POLL_SECONDS=1,_DEPLOY=--service built --refresh-seconds 1"
-    cloud.run(*as_in_readme(SUBMIT, "--gcs-source-staging-dir", f"gs://{BUCKET}/staging", "--substitutions", given))
-    status, log = last_build(cloud)
-    assert (status, log.count("skipped: trained on vertex")) == ("SUCCESS", 2)
-    (job,) = cloud.custom_jobs.values()
-    container = job["jobSpec"]["workerPoolSpecs"][0]["containerSpec"]
-    assert "build.local steps finetune,distill" in container["args"][1]
-    release = json.loads(cloud.read_object(BUCKET, "other/current.json"))["release"]
-    assert ask(cloud.services["built"]["status"]["url"])[1]["release"] == release
 
 
 def test_the_plain_functions_deploy_of_the_readme_serves(cloud):

@@ -21,7 +21,7 @@ def write_splits(folder: Path, **lines: list[object]) -> Path:
 
 def test_the_sample_data_is_whole():
     dataset = read_dataset(Path("training/data"))
-    assert [len(dataset.train), len(dataset.validation), len(dataset.test)] == [25546, 714, 840]
+    assert [len(dataset.train), len(dataset.validation), len(dataset.test)] == [30663, 914, 840]
     assert [label.id for label in dataset.labels][:2] == ["security", "recognition"]
     assert len(dataset.probes) == 10
 

@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--teachers", default=".local/build/teacher", help="comma-separated checkpoint folders")
     parser.add_argument("--trust", type=float, default=0.5, help="how much the teachers' word counts beside a label")
     parser.add_argument("--unlabelled", type=int, default=0, help="texts made of the others that teachers alone label")
-    parser.set_defaults(layers=6, strategy="full", epochs=6.0, output=Path(".local/build/student"))
+    parser.set_defaults(layers=6, output=Path(".local/build/student"))
     options = parser.parse_args()
     teachers = [Path(folder) for folder in options.teachers.split(",")]
     dataset = demand_dataset(options.data)

@@ -307,7 +307,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--base", type=Path, default=Path(".local/build/trimmed"))
     parser.add_argument("--data", type=Path, default=Path("training/data"))
     parser.add_argument("--output", type=Path, default=Path(".local/build/checkpoint"))
-    parser.add_argument("--strategy", choices=STRATEGIES, default="partial")
+    parser.add_argument("--strategy", choices=STRATEGIES, default="full")
     parser.add_argument("--layers", type=int, default=0, help="keep the base's lowest N; 0 is all")
     parser.add_argument("--frozen-layers", type=int, help="with partial: the lowest N; a third unless told")
     parser.add_argument("--epochs", type=float, default=5.0)

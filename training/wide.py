@@ -21,7 +21,6 @@ import json
 import numpy as np
 import torch
 from scipy.sparse import csr_array, diags_array
-from sklearn.linear_model import LogisticRegression
 from tokenizers import Tokenizer
 from torch import nn
 
@@ -73,6 +72,8 @@ class WideBranch(nn.Module):
 
     def weigh(self, deep: np.ndarray, ngrams: np.ndarray, targets: np.ndarray) -> None:
         """Set the scales and the bias to the logistic regression of [B, L] targets on both parts' logits."""
+        from sklearn.linear_model import LogisticRegression  # a second that who only reads a model need not wait
+
         labels = targets.shape[1]
         columns = [deep.reshape(-1, 1), ngrams.reshape(-1, 1), np.tile(np.eye(labels), (len(targets), 1))]
         stacked = LogisticRegression(class_weight={True: NEED_WEIGHT}, max_iter=1000)
@@ -87,6 +88,8 @@ def fit_ngrams(ids: list[list[int]], targets: np.ndarray, spelling: torch.Tensor
 
     A label that is never or always expressed gets no weights.
     """
+    from sklearn.linear_model import LogisticRegression  # as above
+
     counts = _count_rows([spell(spelling, torch.tensor(row)).numpy() for row in ids])  # [B, ROWS]
     idf = np.log((1 + len(ids)) / (1 + (counts > 0).sum(0)))  # an n-gram that is in every text counts nothing
     norms = np.sqrt(np.maximum(counts @ idf**2, SMALLEST))
