@@ -24,7 +24,7 @@ install: .venv/.installed ## make .venv and install what everything needs
 demo: install ## train a small model on a part of the data, release, serve and ask
 	$(RUN) -m build.local demo --set _ROWS=3500 --set _LAYERS=6 --set _STUDENT_LAYERS=0
 
-release: install ## the best model on all of the data: about an hour and a half
+release: install ## the best model on all of the data: about two hours
 	$(RUN) -m build.local demo
 
 serve: install ## serve the current release: make serve PORT=8080

@@ -12,7 +12,7 @@ from onnx import numpy_helper
 from onnxruntime import InferenceSession
 
 from build.export import export
-from build.exported import FP32
+from build.exported import FP32, PLAIN
 from build.graph import even_tokens, find_ffn_products, find_inner_products, smooth_channels, split_embeddings
 from build.quantize import MAX_BYTES, Recipe, choose, quantize
 from training.bases import fetch_base
@@ -120,6 +120,12 @@ def test_smoothing_brings_int8_nearer_where_channels_have_outliers(exported, tmp
     plain, smooth = distance(Recipe()), distance(Recipe(alpha=0.75, by_row=True))
     print(f"mean logit difference: plain {plain:.1e}, smoothed {smooth:.1e}")
     assert smooth < plain
+
+
+def test_a_graph_that_was_not_fused_is_refused(exported, tmp_path):
+    with pytest.raises(ValueError, match="expected integer products and attention, found"):
+        quantize(exported / PLAIN, tmp_path / "model.onnx", WINDOWS, MAX_TOKENS, Recipe())
+    assert not (tmp_path / "model.onnx").exists()
 
 
 def test_the_smallest_wins_of_those_that_drift_least_among_the_small_and_fast():
