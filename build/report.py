@@ -258,14 +258,33 @@ def _describe_mistakes(probabilities: np.ndarray, test: Examples, names: list[st
 def describe_making(metrics: dict) -> Iterator[Section]:
     """How the model was made: candidates, recipes, nodes, resources, limits."""
     if candidates := metrics.get("candidates"):
-        rows = [
-            [one["name"], f"{one['parameters']:,}", f"{one['macro_f1']:.4f}", f"{one['calibration_error']:.4f}"]
-            for one in candidates["candidates"]
-        ]
-        rule = f"Released: **{candidates['chosen']}**, the smallest within {candidates['margin']:.3f} of the best."
-        table = render_table(["candidate", "parameters", "macro-F1 (validation)", "calibration error"], rows)
-        yield Section("후보 (candidates)", f"{rule}\n\n{table}")
-    quantized = metrics["quantization"]
+        yield _describe_candidates(candidates)
+    yield _describe_recipes(metrics["quantization"])
+    exported = metrics["export"]
+    fused = ", ".join(f"{kind} {count}" for kind, count in exported["fused_nodes"].items())
+    counts = f"{exported['nodes'][PLAIN]} nodes as exported, {exported['nodes'][FP32]} after fusion ({fused})."
+    yield Section("그래프 (graph)", counts)
+    if "training" in metrics:
+        yield Section("학습 자원 (training)", _describe_resources(metrics["training"]["resources"]))
+    yield Section(
+        "쓰지 말아야 할 곳 (not for)",
+        "Diagnosis, judging a person, or decisions about one: it scores what a text says, and it errs as the tables "
+        "show. It knows texts like those that it learned from (the project's sample data are synthetic, by a small "
+        "group of writers); other languages and quoted speech of others are not what it was made for.",
+    )
+
+
+def _describe_candidates(found: dict) -> Section:
+    rows = [
+        [one["name"], f"{one['parameters']:,}", f"{one['macro_f1']:.4f}", f"{one['calibration_error']:.4f}"]
+        for one in found["candidates"]
+    ]
+    rule = f"Released: **{found['chosen']}**, the smallest within {found['margin']:.3f} of the best."
+    table = render_table(["candidate", "parameters", "macro-F1 (validation)", "calibration error"], rows)
+    return Section("후보 (candidates)", f"{rule}\n\n{table}")
+
+
+def _describe_recipes(quantized: dict) -> Section:
     rows = [
         [
             f"**{row['recipe']}**" if row["recipe"] == quantized["recipe"] else row["recipe"],
@@ -283,19 +302,7 @@ def describe_making(metrics: dict) -> Iterator[Section]:
         "On the validation split. Drift is the mean difference of probabilities from fp32; released is, of the "
         "recipes that are small and fast enough, the smallest that hardly drifts more than the least."
     )
-    yield Section("INT8 방식 (recipes)", f"{rule}\n\n{render_table(header, rows)}")
-    exported = metrics["export"]
-    fused = ", ".join(f"{kind} {count}" for kind, count in exported["fused_nodes"].items())
-    counts = f"{exported['nodes'][PLAIN]} nodes as exported, {exported['nodes'][FP32]} after fusion ({fused})."
-    yield Section("그래프 (graph)", counts)
-    if "training" in metrics:
-        yield Section("학습 자원 (training)", _describe_resources(metrics["training"]["resources"]))
-    yield Section(
-        "쓰지 말아야 할 곳 (not for)",
-        "Diagnosis, judging a person, or decisions about one: it scores what a text says, and it errs as the tables "
-        "show. It knows texts like those that it learned from (the project's sample data are synthetic, by a small "
-        "group of writers); other languages and quoted speech of others are not what it was made for.",
-    )
+    return Section("INT8 방식 (recipes)", f"{rule}\n\n{render_table(header, rows)}")
 
 
 def _describe_resources(resources: dict) -> str:
