@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PORT ?= 8080
 RUN = .venv/bin/python
-AT_ONCE = -n 3 --dist loadgroup --no-loadscope-reorder -m "not alone"
+AT_ONCE = -n 2 --dist loadgroup --no-loadscope-reorder -m "not alone"
 COVERAGE = COVERAGE_FILE=$(CURDIR)/.local/coverage $(RUN) -m coverage
 REQUIREMENTS = requirements.txt training/requirements.txt tests/requirements.txt
 
@@ -36,9 +36,9 @@ try: install ## ask the current release: make try TEXT="요즘 너무 불안해"
 status: install ## what is served, was served, was refused: make status MODEL_URI=gs://… PROJECT=… for the cloud's
 	@$(RUN) -m build.$(if $(MODEL_URI),status --model-uri $(MODEL_URI) $(if $(PROJECT),--project $(PROJECT)) $(if $(REGION),--region $(REGION)),local status)
 
-test coverage check: export OMP_NUM_THREADS = 1  # of torch: three tests at a time share the cores
+test coverage check: export OMP_NUM_THREADS = 1  # of torch: two tests at a time share the cores
 
-test: install ## all tests, three at a time; what measures times comes last, alone
+test: install ## all tests, two at a time; what measures times comes last, alone
 	$(RUN) -m pytest $(AT_ONCE)
 	$(RUN) -m pytest -m alone
 
