@@ -2,7 +2,7 @@
 
 Each takes what it is to be run on and how long, and returns what it measured;
 the command fails where that breaks a bound. `tests/test_soak.py` runs them at a
-fiftieth of their length.
+hundredth of their length.
 
     make soak
 """

@@ -132,7 +132,7 @@ HERE = (
 LONG = {
     "make test": "what runs here",
     "make release": "the steps of make demo, on more texts",
-    "make soak": "test_soak.py runs it at a fiftieth",
+    "make soak": "test_soak.py runs it at a hundredth",
     "make bench PEERS=1": "test_build_bench.py runs its engines",
     "make bench": "the same",
     "make story": "test_story.py is it",

@@ -1,4 +1,4 @@
-"""The long proofs of `make soak` at a fiftieth of their length, on a model with known answers and a real one's time."""
+"""The long proofs of `make soak` at a hundredth of their length, on a model with known answers and a real one's time."""
 
 import pytest
 import soak
@@ -6,7 +6,7 @@ from known import LABELS, MAX_TOKENS, write_known
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
-SHARE = 1 / 50
+SHARE = 1 / 100
 TEXTS = ["안녕 " * 3, "공평하게 나누었다", "오늘은 아무 일도 없었다 " * 2, "친구와 즐거운 하루", "성취"]
 
 
@@ -27,14 +27,14 @@ def test_under_load_nothing_is_wrong_or_lost(proofs):
 
 def test_every_answer_during_refreshes_is_that_of_one_release(proofs):
     refreshes = proofs["refreshes"]
-    assert refreshes["refreshes"] == 20
-    assert refreshes["answers"] > 20
+    assert refreshes["refreshes"] == 10
+    assert refreshes["answers"] > 10
     assert refreshes["wrong"] == 0
 
 
 def test_hostile_requests_get_answers_of_the_contract(proofs):
     hostile = proofs["hostile"]
-    assert hostile["requests"] >= 200
+    assert hostile["requests"] >= 100
     assert hostile["wrong"] == []
     assert {200, 400, 415, 422} <= set(hostile["by_status"])
 
