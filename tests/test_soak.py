@@ -1,4 +1,4 @@
-"""The long proofs of `make soak` at a hundredth of their length, on a model with known answers and a real one's time."""
+"""The proofs of `make soak` at a hundredth of their length, on a model with known answers and a real one's time."""
 
 import pytest
 import soak
