@@ -2,11 +2,13 @@
 
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from known import release_known
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -146,6 +148,16 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         os.environ["STORAGE_EMULATOR_HOST"] = address
         yield address
         del os.environ["STORAGE_EMULATOR_HOST"]
+
+
+@pytest.fixture(scope="session")
+def address_of_known(bucket, tmp_path_factory):
+    """The function over HTTP, on a release with known answers."""
+    folder = tmp_path_factory.mktemp("known")
+    uri = f"gs://{local.BUCKET}/{uuid.uuid4().hex}"
+    release_known(uri, folder / "release")
+    with local.run_function(bucket, environment={"MODEL_URI": uri, "CACHE_DIR": str(folder / "cache")}) as address:
+        yield address
 
 
 @pytest.fixture(scope="session")

@@ -2,23 +2,13 @@
 
 import io
 import json
-import uuid
 
 import pytest
-from known import LABELS, NAMES, release_known
+from known import LABELS, NAMES
 from rich.console import Console
 
-from build import ask, local
+from build import ask
 from training.files import write_json
-
-
-@pytest.fixture(scope="module")
-def address(bucket, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ask")
-    uri = f"gs://{local.BUCKET}/{uuid.uuid4().hex}"
-    release_known(uri, folder / "release")
-    with local.run_function(bucket, environment={"MODEL_URI": uri, "CACHE_DIR": str(folder / "cache")}) as address:
-        yield address
 
 
 def show(address, folder, labels, *, probes):
@@ -35,24 +25,24 @@ def show(address, folder, labels, *, probes):
     return said.getvalue()
 
 
-def test_a_release_is_shown_by_its_probes_and_its_test_split(address, tmp_path):
-    said = show(address, tmp_path, LABELS, probes=True)
+def test_a_release_is_shown_by_its_probes_and_its_test_split(address_of_known, tmp_path):
+    said = show(address_of_known, tmp_path, LABELS, probes=True)
     assert "10 of 10 needs on top, 10 of them at 0.5 or more; the other 90 scores" in said
     assert "test split over HTTP, INT8, at 0.5: macro-F1 1.0000, micro-F1 1.0000\n" in said
     assert "0.0% of the texts without a need are given one, 0.0% of those in sources mostly without" in said
 
 
-def test_without_probe_sentences_only_the_test_split_is_shown(address, tmp_path):
-    assert "on top" not in show(address, tmp_path, LABELS, probes=False)
+def test_without_probe_sentences_only_the_test_split_is_shown(address_of_known, tmp_path):
+    assert "on top" not in show(address_of_known, tmp_path, LABELS, probes=False)
 
 
-def test_of_data_with_other_labels_nothing_is_said(address, tmp_path):
-    assert show(address, tmp_path, [{"name": "다른 것", "id": "other"}], probes=False) == ""
+def test_of_data_with_other_labels_nothing_is_said(address_of_known, tmp_path):
+    assert show(address_of_known, tmp_path, [{"name": "다른 것", "id": "other"}], probes=False) == ""
 
 
-def test_a_problem_is_told_as_the_function_told_it(address):
+def test_a_problem_is_told_as_the_function_told_it(address_of_known):
     with pytest.raises(ask.AnswerError, match="expected 200, found 422: .*expected"):
-        ask.post(address, {"text": " "})
+        ask.post(address_of_known, {"text": " "})
 
 
 def test_a_bar_is_as_long_as_its_score_and_marked_where_it_is_a_need():

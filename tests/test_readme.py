@@ -4,14 +4,12 @@ import json
 import re
 import shutil
 import subprocess
-import uuid
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import requests
 from conftest import make_encoder, make_unigram, make_wordpiece
-from known import release_known
 from test_story import PLAIN_DEPLOY, SUBMIT
 from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
@@ -23,15 +21,6 @@ TOP = ("main.py", "cloudbuild.yaml", "requirements.txt", "Makefile", "pyproject.
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 EXAMPLES = re.findall(r"^\$ (curl .*)\n(\{.*\})$", README, re.M)
-
-
-@pytest.fixture(scope="module")
-def address(bucket, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("readme")
-    uri = f"gs://{local.BUCKET}/{uuid.uuid4().hex}"
-    release_known(uri, folder / "release")
-    with local.run_function(bucket, environment={"MODEL_URI": uri, "CACHE_DIR": str(folder / "cache")}) as address:
-        yield address
 
 
 def mask(value):
@@ -51,8 +40,8 @@ def test_there_is_an_example_of_each_dialect():
 
 
 @pytest.mark.parametrize(("command", "answer"), EXAMPLES, ids=range(len(EXAMPLES)))
-def test_a_curl_command_gets_its_answer(address, command, answer):
-    command = command.replace("http://127.0.0.1:8080", address).replace("curl", "curl --silent", 1)
+def test_a_curl_command_gets_its_answer(address_of_known, command, answer):
+    command = command.replace("http://127.0.0.1:8080", address_of_known).replace("curl", "curl --silent", 1)
     found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=30).stdout
     assert mask(json.loads(found)) == mask(json.loads(answer))
     assert list(json.loads(found)) == list(json.loads(answer))
